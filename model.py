@@ -1,0 +1,324 @@
+"""The one-stream image-text encoder (UNITER) with the four heads of TAGS-DC (METHOD 1 and 4).
+
+Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that
+are prepared once and then met in N pairs. Every mask: True = real, False = padding.
+A sequence holds the T text positions first ([CLS] w1 .. wn [SEP], padded), then the R regions (padded).
+"""
+import re
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Config:
+    """Sizes of the network; `Config.preset("base", vocab_size=28996, feature_size=2048)` is UNITER-base."""
+    vocab_size: int
+    feature_size: int = 2048
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    max_positions: int = 512
+    dropout: float = 0.1
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """The sizes called `name`, with `changes` laid over them. Raises ValueError for an unknown name."""
+        presets = {"tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
+                   "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
+                   "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
+                   "large": dict(hidden=1024, layers=24, heads=16, intermediate=4096)}
+        if name not in presets:
+            raise ValueError(f"unknown size {name!r}: choose from {', '.join(presets)}")
+        return cls(**{**presets[name], **changes})
+
+    @classmethod
+    def from_uniter(cls, state_dict, heads=None, dropout=0.1):
+        """Reads the sizes off official weights. They do not tell the number of heads: 64 wide, as UNITER's, unless given."""
+        state = _official(state_dict)
+        try:
+            vocab_size, hidden = state["uniter.embeddings.word_embeddings.weight"].shape
+            layers = 1 + max(int(key.split(".")[3]) for key in state if key.startswith("uniter.encoder.layer."))
+            return cls(vocab_size, state["uniter.img_embeddings.img_linear.weight"].shape[1], hidden, layers,
+                       heads or max(hidden // 64, 1), state["uniter.encoder.layer.0.intermediate.dense.weight"].shape[0],
+                       state["uniter.embeddings.position_embeddings.weight"].shape[0], dropout)
+        except (KeyError, ValueError) as missing:
+            raise ValueError(f"not UNITER weights: {missing} is not among its {len(state)} entries") from None
+
+
+@dataclass
+class Prepared:
+    """What one modality brings to every pair it meets: embeddings and the first layer's q, k, v, which do not depend on the partner."""
+    states: torch.Tensor       # (A, L, D)
+    qkv: torch.Tensor          # (A, L, 3D)
+    mask: torch.Tensor | None  # (A, L) bool, None = nothing is padded
+
+    def __getitem__(self, index):
+        """The rows at `index` (N,) long."""
+        return Prepared(*(t if t is None else t.index_select(0, index) for t in (self.states, self.qkv, self.mask)))
+
+
+def _norm(size):
+    return nn.LayerNorm(size, eps=1e-12)
+
+
+class TextEmbedding(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.word = nn.Embedding(c.vocab_size, c.hidden, padding_idx=0)
+        self.position = nn.Embedding(c.max_positions, c.hidden)
+        self.norm, self.dropout = _norm(c.hidden), nn.Dropout(c.dropout)
+
+    def forward(self, input_ids, token_type):  # (A, T), (D,) -> (A, T, D)
+        if input_ids.size(1) > self.position.num_embeddings:
+            raise ValueError(f"{input_ids.size(1)} text positions, the model has {self.position.num_embeddings}")
+        return self.dropout(self.norm(self.word(input_ids) + self.position.weight[:input_ids.size(1)] + token_type))
+
+
+class RegionEmbedding(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.feature, self.feature_norm = nn.Linear(c.feature_size, c.hidden), _norm(c.hidden)
+        self.box, self.box_norm = nn.Linear(7, c.hidden), _norm(c.hidden)
+        self.norm, self.dropout = _norm(c.hidden), nn.Dropout(c.dropout)
+
+    def forward(self, features, boxes, token_type):  # (I, R, F), (I, R, 7), (D,) -> (I, R, D)
+        return self.dropout(self.norm(self.feature_norm(self.feature(features)) + self.box_norm(self.box(boxes)) + token_type))
+
+
+class Layer(nn.Module):
+    """One post-norm BERT layer. `queries` rows of the input come out; keys and values are always all of it."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.p = c.heads, c.dropout
+        self.qkv, self.out, self.attention_norm = nn.Linear(c.hidden, 3 * c.hidden), nn.Linear(c.hidden, c.hidden), _norm(c.hidden)
+        self.up, self.down, self.norm = nn.Linear(c.hidden, c.intermediate), nn.Linear(c.intermediate, c.hidden), _norm(c.hidden)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, mask, qkv=None):  # (N, S, D), (N, 1, 1, S) bool or None -> (N, S, D)
+        return self.mix(x, *(self.qkv(x) if qkv is None else qkv).chunk(3, -1), mask)
+
+    def first_row(self, x, mask, qkv=None):
+        """The same for row 0 ([CLS]) alone, all that matching needs of the last layer: (N, S, D) -> (N, 1, D)."""
+        if qkv is not None:
+            q, k, v = qkv.chunk(3, -1)
+            return self.mix(x[:, :1], q[:, :1], k, v, mask)
+        d = x.size(-1)
+        q = F.linear(x[:, :1], self.qkv.weight[:d], self.qkv.bias[:d])
+        return self.mix(x[:, :1], q, *F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, -1), mask)
+
+    def mix(self, x, q, k, v, mask):  # x, q (N, Q, D); k, v (N, S, D) -> (N, Q, D)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, heads, Q or S, D / heads)
+        dropout_p = self.p if self.training else 0.0
+        if torch.is_grad_enabled() and q.device.type == "cpu":  # there the bfloat16 backward of fused attention is 8x slower
+            with torch.autocast("cpu", enabled=False):
+                context = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout_p)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        x = self.attention_norm(x + self.dropout(self.out(context.transpose(1, 2).flatten(2))))
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class WordHead(nn.Module):
+    """BERT's masked-LM head, its decoder tied to the word embeddings it is handed; used for MLM and for word correction."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.transform, self.norm = nn.Linear(c.hidden, c.hidden), _norm(c.hidden)
+        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+    def forward(self, hidden, word_embeddings):  # (..., D), (V, D) -> (..., V)
+        return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
+
+
+class TagsDC(nn.Module):
+    """UNITER with a matching, a masked-LM, a word-discrimination and a word-correction head on one shared encoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden % config.heads:
+            raise ValueError(f"hidden size {config.hidden} does not divide into {config.heads} heads")
+        self.config = config
+        self.text, self.region = TextEmbedding(config), RegionEmbedding(config)
+        self.token_type = nn.Embedding(2, config.hidden)  # 0 text, 1 region
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.pooler, self.rank = nn.Linear(config.hidden, config.hidden), nn.Linear(config.hidden, 1)
+        self.mlm, self.correction = WordHead(config), WordHead(config)
+        self.discrimination = nn.Linear(config.hidden, 2)
+        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more work
+        self.uniter_extras = {}     # official entries without a place here, kept for export_uniter
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    # ---- encoder -------------------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids, features, boxes, text_mask, region_mask):
+        """Encodes B pairs.
+
+        input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h, w*h),
+        text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
+        Returns hidden (B, T + R, D): the text positions first, then the regions. Rows of padding are meaningless, and no
+        real row depends on them.
+        """
+        return self._encode(self._join(self.prepare_text(input_ids, text_mask), self.prepare_regions(features, boxes, region_mask)))
+
+    def prepare_text(self, input_ids, text_mask=None):
+        """Embeds captions and projects them for the first layer, once, whatever images they will meet. (A, T) long -> Prepared."""
+        states = self.text(input_ids, self.token_type.weight[0])
+        return Prepared(states, self.layers[0].qkv(states), text_mask)
+
+    def prepare_regions(self, features, boxes, region_mask=None):
+        """The same for images: (I, R, F) and (I, R, 7) -> Prepared."""
+        states = self.region(features, boxes, self.token_type.weight[1])
+        return Prepared(states, self.layers[0].qkv(states), region_mask)
+
+    def encode_pairs(self, texts, text_index, images, image_index):
+        """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D)."""
+        return self._encode(self._join(texts[text_index], images[image_index]))
+
+    def score_pairs(self, texts, text_index, images, image_index, batch=None):
+        """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
+
+        batch: pairs in one pass, None = all at once; without gradient a hundred or so keep the working set in a CPU's cache.
+        """
+        return torch.cat([self.match(self._encode(self._join(texts[t], images[i]), cls_only=True))
+                          for t, i in zip(text_index.split(batch or len(text_index)), image_index.split(batch or len(text_index)))])
+
+    @staticmethod
+    def _join(text, image):
+        mask = None
+        if text.mask is not None or image.mask is not None:
+            masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image)]
+            mask = torch.cat(masks, 1)[:, None, None]  # (N, 1, 1, S)
+        return Prepared(torch.cat((text.states, image.states), 1), torch.cat((text.qkv, image.qkv), 1), mask)
+
+    def _encode(self, pair, cls_only=False):  # -> (N, S, D), or (N, 1, D)
+        x, qkv = pair.states, pair.qkv
+        for layer in self.layers:
+            step = layer.first_row if cls_only and layer is self.layers[-1] else layer
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(step, x, pair.mask, qkv, use_reentrant=False) if recompute else step(x, pair.mask, qkv)
+            qkv = None
+        return x
+
+    # ---- heads ---------------------------------------------------------------------------------------------------------
+
+    def match(self, hidden):
+        """Matching logits (B,) of hidden (B, S, D), read off the pooled [CLS]; s(I, T) is their sigmoid."""
+        with torch.autocast(hidden.device.type, enabled=False):  # one bfloat16 logit in 256 would tie with another
+            return self.rank(self.pool(hidden.float()))[:, 0]
+
+    def pool(self, hidden):
+        """tanh(Linear(h_[CLS])): (B, S, D) -> (B, D)."""
+        return torch.tanh(self.pooler(hidden[:, 0]))
+
+    def fill(self, hidden):
+        """Masked-LM logits of text positions: (..., D) -> (..., V). Hand it the masked positions alone to spare the rest."""
+        return self.mlm(hidden, self.text.word.weight)
+
+    def discriminate(self, hidden):
+        """Word-discrimination logits of text positions: (..., D) -> (..., 2), class 1 = original, 0 = replaced."""
+        return self.discrimination(hidden)
+
+    def correct(self, hidden):
+        """Word-correction logits of text positions: (..., D) -> (..., V)."""
+        return self.correction(hidden, self.text.word.weight)
+
+    # ---- official weights ----------------------------------------------------------------------------------------------
+
+    def load_uniter(self, state_dict):
+        """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
+
+        Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names,
+        and fine-tuned TAGS (`rank_output`, `disc_output`, `correction_output`). Heads that are missing: `rank_output` takes the
+        "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a copy of the MLM head.
+        Returns {"loaded": [official names], "initialised": ["name from name"], "ignored": [official names]}.
+        Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config.
+        """
+        state, initialised = _official(state_dict), []
+        given = set(state)
+
+        def fall_back(name, source, rows=slice(None)):
+            for key in [k for k in state if k.startswith(source) and k.replace(source, name) not in state]:
+                state[key.replace(source, name)] = state[key][rows].clone()
+                initialised.append(f"{key.replace(source, name)} from {key}")
+        fall_back("rank_output.", "itm_output.", slice(1, 2))
+        fall_back("disc_output.", "itm_output.")
+        fall_back("correction_output.", "cls.")
+
+        own, fitted = self.state_dict(), {}
+        for name, parts in self._official_names().items():
+            absent = [part for part in parts if part not in state]
+            if absent and absent[0].startswith(("uniter.", "bert.")):
+                raise ValueError(f"not complete UNITER weights: {absent[0]} is missing")
+            if absent:
+                initialised.append(f"{absent[0]} at random")
+                continue
+            value = torch.cat([state[part] for part in parts])
+            if value.shape != own[name].shape:
+                raise ValueError(f"{parts[0]} is {tuple(state[parts[0]].shape)}, the model needs "
+                                 f"{(own[name].shape[0] // len(parts), *own[name].shape[1:])}: check the sizes and the vocabulary")
+            fitted[name] = value
+        own.update(fitted)
+        self.load_state_dict(own)
+        used = {part for parts in self._official_names().values() for part in parts} | set(_TIED)
+        self.uniter_extras = {key: state[key].clone() for key in sorted(given - used)}
+        return {"loaded": sorted(given & used), "initialised": initialised, "ignored": sorted(given - used)}
+
+    def export_uniter(self):
+        """The weights under official names (the inverse of load_uniter, bit for bit), for use in the official code."""
+        own, official = self.state_dict(), dict(self.uniter_extras)
+        for name, parts in self._official_names().items():
+            official.update(zip(parts, (part.clone() for part in own[name].chunk(len(parts)))))
+        official.update({name: official["uniter.embeddings.word_embeddings.weight"] for name in _TIED})
+        return official
+
+    def _official_names(self):
+        """{our name: [official names whose rows, one below the other, make it]}."""
+        names = {}
+        for name in self.state_dict():
+            module, leaf = name.rsplit(".", 1)
+            layer = re.match(r"layers\.(\d+)\.(\w+)", module)
+            if name == "mlm.bias" or name == "correction.bias":
+                names[name] = ["cls.predictions.bias" if name == "mlm.bias" else "correction_output.predictions.bias"]
+            elif layer:
+                prefix = f"uniter.encoder.layer.{layer[1]}."
+                names[name] = [f"{prefix}{part}.{leaf}" for part in _LAYER_NAMES[layer[2]]]
+            else:
+                names[name] = [f"{_NAMES[module]}.{leaf}"]
+        return names
+
+
+_NAMES = {
+    "text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings",
+    "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings",
+    "region.feature": "uniter.img_embeddings.img_linear", "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
+    "region.box": "uniter.img_embeddings.pos_linear", "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
+    "region.norm": "uniter.img_embeddings.LayerNorm", "pooler": "uniter.pooler.dense", "rank": "rank_output",
+    "discrimination": "disc_output", "mlm.transform": "cls.predictions.transform.dense",
+    "mlm.norm": "cls.predictions.transform.LayerNorm", "correction.transform": "correction_output.predictions.transform.dense",
+    "correction.norm": "correction_output.predictions.transform.LayerNorm"}
+_LAYER_NAMES = {
+    "qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"],
+    "attention_norm": ["attention.output.LayerNorm"], "up": ["intermediate.dense"], "down": ["output.dense"], "norm": ["output.LayerNorm"]}
+_TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
+
+
+def _official(state_dict):
+    """Modern official names: no `module.` prefix, `bert.` -> `uniter.`, gamma / beta -> weight / bias."""
+    renamed = {}
+    for key, value in state_dict.items():
+        key = re.sub(r"^bert\.", "uniter.", key.removeprefix("module."))
+        renamed[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))] = value
+    return renamed

@@ -1,0 +1,668 @@
+"""TAGS-DC from one command: train, evaluate, search (see README.md; METHOD numbers are those of the paper's sections).
+
+Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text positions, R regions, M maskings,
+K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data as datasets
+import evaluate
+import generate
+import losses
+from model import Config, TagsDC
+
+# The schedules of the official release (METHOD 5); steps of the one phase they run, everything else as in its scripts.
+RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, margin=0.2, dropout=0.1)
+STAGE_1, STAGE_2 = dict(phases=["tags=1"]), dict(phases=["dc=1"], lambda_wod=5e-4, lambda_woc=5e-4)
+RECIPES = {
+    "coco-base-1": dict(RELEASE, **STAGE_1, size="base", lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
+    "coco-base-2": dict(RELEASE, **STAGE_2, size="base", lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
+    "flickr-base-1": dict(RELEASE, **STAGE_1, size="base", lr=5e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.05) | dict(temperature=2.0, batch_size=16),
+    "flickr-base-2": dict(RELEASE, **STAGE_2, size="base", lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
+    "coco-large-1": dict(RELEASE, **STAGE_1, size="large", lr=4e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
+    "coco-large-2": dict(RELEASE, **STAGE_2, size="large", lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
+    "flickr-large-1": dict(RELEASE, **STAGE_1, size="large", lr=5e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
+    "flickr-large-2": dict(RELEASE, **STAGE_2, size="large", lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
+}
+PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("hard", "mlm", "tags", "wod", "woc")}
+
+
+# ---- one training step -----------------------------------------------------------------------------------------------
+
+def draw_batch(data, args, rng, device, anchors, pool):
+    """B anchor pairs and the rest of their retrieval pool, drawn from the training split, masks included.
+
+    rng: a CPU torch.Generator; everything random here is drawn on the CPU, so that its sizes are known without asking a GPU.
+    Returns a dict of tensors on `device`: input_ids (P, T), own (P, C, T') the true captions of each image, features (P, R, F),
+    boxes (P, R, 7), region_mask (P, R), masked (B, M, T), labels (B, M, T) which stays on the CPU.
+    """
+    split = data.splits["train"]
+    images = torch.randperm(len(split.images), generator=rng)[:pool]
+    first = torch.searchsorted(split.image_of_caption, images)
+    count = torch.searchsorted(split.image_of_caption, images, right=True) - first
+    captions = first + (torch.rand(len(images), generator=rng) * count).long()
+    input_ids = data.text("train", captions)
+    features, boxes, region_mask = data.image("train", images)
+    words = (data.tokenizer.first_word, len(data.tokenizer.tokens))
+    phrases = data.phrases("train", captions[:anchors])
+    anchor_ids = input_ids[:anchors, :phrases.size(2)]
+    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, words, args.maskings, generator=rng)
+    batch = dict(input_ids=input_ids, anchor_ids=anchor_ids, own=data.own_captions("train", images), features=features, boxes=boxes, region_mask=region_mask, masked=masked)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels, "words": words}
+
+
+def retrieve_negatives(model, texts, images, batch, anchors, args):
+    """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
+
+    Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
+    word, one of an image's own is never its negative, nor the image the caption's.
+    """
+    b, p, ids, own = anchors, len(batch["input_ids"]), batch["input_ids"], batch["own"]
+    anchor, other = torch.arange(b, device=ids.device).repeat_interleave(p), torch.arange(p, device=ids.device).repeat(b)
+    image_scores = model.score_pairs(texts, anchor, images, other, args.score_batch).view(b, p)
+    text_scores = model.score_pairs(texts, other, images, anchor, args.score_batch).view(b, p)
+    false_images = ~generate.is_true(ids[:b].expand(p, b, -1), own).T               # (B, P)
+    false_texts = ~generate.is_true(ids.expand(b, p, -1), own[:b])                  # (B, P)
+    hard = min(args.hard, p)
+    return generate.select_hardest(image_scores, false_images, hard), generate.select_hardest(text_scores, false_texts, hard)
+
+
+def write_negatives(model, images, input_ids, phrases, own, words, tokenizer, args, rng=None, masks=None):
+    """`generate.tailor_negatives` with this model: masked LM and matching head over prepared images, each row its own image."""
+    pad = tokenizer.pad_id
+
+    def fill(ids, image_index):  # (n, T) -> (n, T, D), turned into words at the masked positions alone
+        texts = model.prepare_text(ids, ids != pad)
+        return model.encode_pairs(texts, torch.arange(len(ids), device=ids.device), images, image_index)[:, :ids.size(1)]
+
+    def match(ids, image_index):  # (n, T) -> (n,)
+        texts = model.prepare_text(ids, ids != pad)
+        return model.score_pairs(texts, torch.arange(len(ids), device=ids.device), images, image_index)
+    return generate.tailor_negatives(
+        fill, match, input_ids, phrases, own, mask_id=tokenizer.mask_id, vocabulary_range=words, pad_id=pad, maskings=args.maskings,
+        refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch,
+        project=model.fill, masks=masks)
+
+
+class Objective(torch.nn.Module):
+    """The losses of one batch, so that a data-parallel wrapper sees one forward call for them all (METHOD 5)."""
+
+    def __init__(self, model, tokenizer, args):
+        super().__init__()
+        self.model, self.pad, self.args = model, tokenizer.pad_id, args
+
+    def forward(self, batch, weights, retrieved, negatives):
+        """weights: {term: weight}; a term that is not in it costs nothing. Returns {term: scalar} and {diagnostic: scalar}."""
+        model, margin, ids = self.model, self.args.margin, batch["input_ids"]
+        texts = model.prepare_text(ids, ids != self.pad)
+        images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+        b = len(batch["masked"])
+        row, terms, seen = torch.arange(b, device=ids.device), {}, {}
+
+        if "itm" in weights:  # the true pair, one random caption, one random image
+            logits = model.score_pairs(texts, torch.cat((row, (row + 1) % b, row)), images, torch.cat((row, row, (row + 1) % b)))
+            terms["itm"] = losses.matching_loss(logits, (torch.arange(3 * b, device=ids.device) < b).float())
+        if "hard" in weights:
+            (image_index, image_valid), (text_index, text_valid) = retrieved  # (B, H) each
+            h = image_index.size(1)
+            every = row.repeat_interleave(h)
+            scores = model.score_pairs(texts, torch.cat((row, every, text_index.flatten())),
+                                       images, torch.cat((row, image_index.flatten(), every))).sigmoid()
+            positive, false_images, false_texts = scores[:b], scores[b:b + b * h].view(b, h), scores[b + b * h:].view(b, h)
+            terms["hard"] = (losses.triplet_loss(positive, false_texts, margin, text_valid)
+                             + losses.triplet_loss(positive, false_images, margin, image_valid))
+            seen.update(positive=positive.mean(), retrieved=losses.masked_mean(false_texts, text_valid))
+        if negatives:
+            sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
+            flat, h = sentences.flatten(0, 1), sentences.size(1)
+            hidden = model.encode_pairs(model.prepare_text(flat, flat != self.pad), torch.arange(b * h, device=ids.device),
+                                        images, row.repeat_interleave(h))
+            synthetic, words = model.match(hidden).sigmoid().view(b, h), hidden[:, :flat.size(1)]
+            seen.update(synthetic=losses.masked_mean(synthetic, valid), kept=valid.float().mean())
+            labels = labels.flatten(0, 1)  # (B * H, T)
+            if "tags" in weights:
+                terms["tags"] = losses.triplet_loss(positive, synthetic, margin, valid)
+            if "wod" in weights:
+                terms["wod"] = losses.word_discrimination_loss(model.discriminate(words), labels >= 0, flat != self.pad)
+            if "woc" in weights:
+                terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
+        if "mlm" in weights:
+            masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
+            line, column = (targets >= 0).nonzero().to(ids.device, non_blocking=True).unbind(1)  # targets lie on the CPU
+            hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
+                                        images, row.repeat_interleave(len(masked) // b))
+            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden[line, column]), targets[targets >= 0].to(ids.device, non_blocking=True))
+        return terms, seen
+
+
+def training_step(objective, data, args, weights, rng, device_rng, device):
+    """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted sum of the losses.
+
+    Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics.
+    """
+    model = objective.module.model if hasattr(objective, "module") else objective.model
+    mining = "hard" in weights
+    batch = draw_batch(data, args, rng, device, args.batch_size, args.pool if mining else args.batch_size)
+    retrieved = negatives = None
+    if mining:
+        with evaluate.inference(model, device, args.dtype):
+            b, ids = args.batch_size, batch["input_ids"]
+            texts = model.prepare_text(ids, ids != data.tokenizer.pad_id)
+            images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+            retrieved = retrieve_negatives(model, texts, images, batch, b, args)
+            if {"tags", "wod", "woc"} & weights.keys():
+                negatives = write_negatives(model, images, batch["anchor_ids"], None, batch["own"][:b], batch["words"], data.tokenizer,
+                                            args, device_rng, (batch["masked"], batch["labels"]))
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+        terms, seen = objective(batch, weights, retrieved, negatives)
+    loss = sum(weights[name] * term for name, term in terms.items())
+    return loss, {name: value.detach() for name, value in {**terms, **seen}.items()}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+def phase_plan(args):
+    """[(phase, steps, {term: weight}, peak learning rate)] of the run; the phases share --steps by their weights in --phases."""
+    shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
+    if args.init:
+        shares.pop("warmup", None)
+    given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
+    plan, total, passed = [], sum(shares.values()), 0.0
+    for name in [phase for phase in PHASES if shares.get(phase)]:
+        before, passed = round(args.steps * passed / total), passed + shares[name]
+        weights = {term: given[term] for term in PHASES[name] if given[term]}
+        plan.append((name, round(args.steps * passed / total) - before, {**weights, "mlm": 1.0} if name == "warmup" else weights,
+                     args.warmup_lr if name == "warmup" else args.lr))
+    return plan
+
+
+def make_optimizer(model):
+    """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5)."""
+    groups = [dict(params=[p for p in model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
+              for decayed in (True, False)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def rate(step, steps):
+    """Share of the peak learning rate: linear warm-up over the first tenth of a phase, then linear decay to nothing."""
+    return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))
+
+
+def say(text, passing=False):
+    """Prints a line; on a terminal a passing one is overwritten by the next."""
+    terminal = sys.stdout.isatty()
+    print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+
+
+def write_atomically(path, write):
+    """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
+    write(path.with_name(path.name + ".part"))
+    os.replace(path.with_name(path.name + ".part"), path)
+
+
+class Run:
+    """A training run: the model, where it stands, and all that its checkpoints hold."""
+
+    def __init__(self, args, data, model, device):
+        self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
+        self.objective, self.optimizer = Objective(model, data.tokenizer, args), make_optimizer(model)
+        self.rng = torch.Generator().manual_seed(args.seed)                          # batches and masks, on the CPU
+        self.device_rng = torch.Generator(device).manual_seed(args.seed)             # refills
+        self.at = dict(phase=0, step=0, best=-1.0, seconds=0.0, warmup=None, log=[])
+        self.signal, self.started = None, time.time()
+
+    def save(self, name):
+        """Writes everything that --resume, --eval and --checkpoint need."""
+        state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config),
+                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
+                     rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()],
+                     arguments={k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(self.args).items()})
+        write_atomically(self.out / name, lambda path: torch.save(state, path))
+
+    def resume(self, state):
+        """Takes up where the checkpoint `state` stands."""
+        self.at = {key: state[key] for key in self.at}
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for setter, value in zip((self.rng.set_state, self.device_rng.set_state, torch.set_rng_state), state["rng"]):
+            setter(value)
+
+    def train(self):
+        """Runs what is left of the plan; leaves the best validation weights in the model. Returns False when interrupted."""
+        plan = phase_plan(self.args)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: setattr(self, "signal", number))
+        every = max(1, sum(steps for _, steps, _, _ in plan) // self.args.validations)
+        for index in range(self.at["phase"], len(plan)):
+            phase, steps, weights, peak = plan[index]
+            if self.at["step"] == 0:
+                self.optimizer = make_optimizer(self.model)
+            self.model.train()
+            self._train_phase(phase, steps, weights, peak, every, sum(steps for _, steps, _, _ in plan[:index]), sum(steps for _, steps, _, _ in plan))
+            if self.signal:
+                break
+            self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
+            if phase == "warmup":
+                self.at["warmup"] = test_report(self.model, self.data, self.args, self.device)[0]
+            self.at.update(phase=index + 1, step=0)
+            self.save("last.pt")
+        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return not self.signal
+
+    def _train_phase(self, phase, steps, weights, peak, every, before, total):
+        args, sums, clock, since = self.args, {}, time.time(), 0
+        negatives = args.batch_size * (2 * args.pool + args.maskings * args.refills * bool({"tags", "wod", "woc"} & weights.keys()))
+        for step in range(self.at["step"], steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = peak * rate(step, steps)
+            loss, seen = training_step(self.objective, self.data, args, weights, self.rng, self.device_rng, self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+            self.optimizer.step()
+            self.at["step"], since = step + 1, since + 1
+            for name, value in {"loss": loss.detach(), **seen}.items():
+                sums[name] = sums.get(name, 0.0) + value
+            last = step + 1 == steps or self.signal
+            if (step + 1) % args.log_every == 0 or last:
+                row = {"phase": phase, "step": before + step + 1, **{name: round(value.item() / since, 5) for name, value in sums.items()},
+                       "lr": peak * rate(step, steps)}
+                if not math.isfinite(row["loss"]):
+                    raise datasets.InputError(f"the loss became {row['loss']} at step {row['step']} of phase {phase}: lower --lr "
+                                              f"(now {args.lr}); {self.out / 'best.pt'} holds the best weights before that")
+                pace = (time.time() - clock) / since
+                if "hard" in weights:
+                    row["negatives_per_s"] = round(negatives / pace)
+                say(f"{phase} {row['step']}/{total}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k in sums)
+                    + (f"  {row['negatives_per_s']} negatives/s" if "hard" in weights else "")
+                    + f"  ETA {pace * (total - row['step']) / 60:.1f} min", passing=not last)
+                sums, clock, since = {}, time.time(), 0
+                self.at["log"].append(row)
+                if ((step + 1) // args.log_every * args.log_every) % every < args.log_every and not self.signal or step + 1 == steps:
+                    self.validate(row)
+                    clock = time.time()
+                self.write_log()
+            if self.signal:
+                self.save("last.pt")
+                return
+
+    def validate(self, row):
+        """Recall on the first --val-images of val (train, if there is no val); the best weights go to best.pt, all to last.pt."""
+        metrics = evaluate.retrieval_metrics(*scores_of(self.model, head(self.data, "val", self.args.val_images), "val", self.args, self.device))
+        row["val_rsum"], row["val_tr_r1"], row["val_ir_r1"] = (round(metrics[k], 2) for k in ("rsum", "tr_r1", "ir_r1"))
+        say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
+        if metrics["rsum"] > self.at["best"]:
+            self.at["best"] = metrics["rsum"]
+            self.save("best.pt")
+        self.save("last.pt")
+
+    def write_log(self):
+        names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
+
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader(), writer.writerows(self.at["log"])
+        write_atomically(self.out / "log.csv", write)
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours, or None if the file holds something else (official weights, say). Raises InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise datasets.InputError(f"{path}: no such checkpoint") from None
+    except Exception as fault:  # torch.load raises half a dozen kinds for a file that is none of its own
+        raise datasets.InputError(f"{path}: not a readable checkpoint ({str(fault).splitlines()[0]})") from None
+    return state if "arguments" in state else state
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def head(data, split, images):
+    """The data set with `split` cut to its first images."""
+    content = data.splits[split]
+    keep = int(torch.searchsorted(content.image_of_caption, images))
+    cut = dataclasses.replace(content, images=content.images[:images], rows=content.rows[:images], captions=content.captions[:keep],
+                              image_of_caption=content.image_of_caption[:keep], phrases=content.phrases and content.phrases[:keep],
+                              scenes=content.scenes and content.scenes[:images])
+    return dataclasses.replace(data, splits={split: cut})
+
+
+def scores_of(model, data, split, args, device):
+    """Score matrix of a split and the image of each caption: what retrieval_metrics takes."""
+    return (evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch),
+            data.splits[split].image_of_caption)
+
+
+def tailored_examples(model, data, split, captions, args, device):
+    """Generated negatives of some captions of a split, with what the heads say of them, all on the CPU.
+
+    Returns a dict: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H) logits,
+    discrimination (N, H, T, 2) logits and corrections (N, H, T) words. The same seed gives the same negatives.
+    """
+    rng, device_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
+    tokenizer, images = data.tokenizer, data.splits[split].image_of_caption[captions]
+    originals, made = data.text(split, captions), []
+    words, phrases = (tokenizer.first_word, len(tokenizer.tokens)), data.phrases(split, captions)
+    masked, labels = generate.mask_phrases(originals, phrases, tokenizer.mask_id, words, args.maskings, generator=rng)
+    with evaluate.inference(model, device, args.dtype):
+        for rows in torch.arange(len(captions)).split(args.batch_size):
+            pictures = model.prepare_regions(*(tensor.to(device) for tensor in data.image(split, images[rows])))
+            own = data.own_captions(split, images[rows]).to(device)
+            made.append(write_negatives(model, pictures, originals[rows].to(device), None, own, words, tokenizer, args, device_rng,
+                                        (masked[rows].to(device), labels[rows])))
+    sentences, valid = (torch.cat([getattr(part, name).cpu() for part in made]) for name in ("sentences", "valid"))
+    flat, each = sentences.flatten(0, 1), images.repeat_interleave(args.hard)
+    scores = evaluate.score_sentences(model, data, split, flat, each, device, args.dtype, args.score_batch)
+    discrimination, corrections = evaluate.judge_words(model, data, split, flat, each, device, args.dtype)
+    return dict(captions=captions, images=images, originals=originals, sentences=sentences, valid=valid, scores=scores.view_as(valid),
+                discrimination=discrimination.unflatten(0, valid.shape), corrections=corrections.view_as(sentences))
+
+
+def test_report(model, data, args, device, split="test"):
+    """Everything measured on a split -> ({metric: value}, score matrix, the generated examples)."""
+    content = data.splits[split]
+    scores, owner = scores_of(model, data, split, args, device)
+    metrics = evaluate.retrieval_metrics(scores, owner)
+    if data.name == "coco" and len(content.images) == 5000:
+        metrics.update({f"1k_{name}": value for name, value in evaluate.fold_metrics(scores, owner).items()})
+    if content.scenes:
+        wrong = evaluate.one_word_wrong(data, split, args.seed)
+        options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
+        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **options)
+    some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
+    made = tailored_examples(model, data, split, some, args, device)
+    keep = made["valid"].flatten()
+    flat = {name: made[name].flatten(0, 1)[keep] for name in ("sentences", "discrimination", "corrections")}
+    originals = made["originals"].repeat_interleave(args.hard, 0)[keep]
+    metrics.update(evaluate.word_metrics(flat["discrimination"], flat["corrections"], flat["sentences"], originals,
+                                         flat["sentences"] != data.tokenizer.pad_id))
+    metrics["synthetic_score"] = made["scores"].flatten()[keep].sigmoid().mean().item()
+    if content.scenes:
+        metrics.update(evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), made["sentences"].flatten(0, 1), keep))
+    return {name: round(value, 4) for name, value in metrics.items()}, scores, made
+
+
+def picture_of(data, split, image):
+    """The drawn scene, the boxes of the regions where there is only a photograph."""
+    content = data.splits[split]
+    return datasets.draw(content.scenes[image]) if content.scenes else evaluate.draw_regions(data.image(split, [image])[1][0])
+
+
+def picture_negatives(path, data, split, scores, made, count=6):
+    """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
+    content, decode, rows = data.splits[split], data.tokenizer.word, []
+    for n in torch.linspace(0, len(made["captions"]) - 1, count).long().tolist():
+        caption, image = made["captions"][n].item(), made["images"][n].item()
+        false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
+        worst, generated = false.argmax().item(), []
+        for h in made["valid"][n].nonzero()[:3, 0].tolist():
+            ids, original = made["sentences"][n, h], made["originals"][n]
+            real = [i for i in range(1, len(ids)) if ids[i] not in (data.tokenizer.pad_id, data.tokenizer.sep_id)]
+            flagged = (made["discrimination"][n, h, :, 0] > made["discrimination"][n, h, :, 1]).tolist()
+            fixes = [decode(made["corrections"][n, h, i].item()) if flagged[i] else None for i in real]
+            generated.append(([decode(ids[i].item()) for i in real], made["scores"][n, h].sigmoid().item(),
+                              [(ids[i] != original[i]).item() for i in real], [flagged[i] for i in real], fixes))
+        rows.append(dict(picture=picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
+                         retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
+    evaluate.draw_negatives(path, rows)
+
+
+def print_table(final, warmup):
+    """The figures of the final model, and beside them of the model after the warm-up."""
+    names = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10": "text retrieval R@10", "ir_r1": "image retrieval R@1",
+             "ir_r5": "image retrieval R@5", "ir_r10": "image retrieval R@10", "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %",
+             "false_negatives": "generated sentences that are true, %", "parse": "generated sentences that parse, %",
+             "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
+             "woc_accuracy": "word correction, accuracy %"}
+    print(f"{'':38}{'warm-up' if warmup else '':>10}{'final':>10}")
+    for name in [*final, *(warmup or ())][:len(final)]:
+        before = f"{warmup[name]:10.2f}" if warmup and name in warmup else f"{'':10}"
+        print(f"{names.get(name, name):38}{before}{final[name]:10.2f}")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    """Defaults are for the embedded scenes; the paper's values stand in the help. A recipe or a checkpoint changes defaults."""
+    parser = argparse.ArgumentParser(prog="tagsdc.py", description="TAGS-DC: image-text retrieval with tailored synthetic negatives.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what to do").add_argument
+    add("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint instead of training")
+    add("--checkpoint", metavar="FILE", help="checkpoint for --query and --image")
+    add("--query", metavar="TEXT", help="find the test images that a sentence describes best")
+    add("--image", metavar="NAME", help="find the test captions that describe an image best")
+    add("--probe", metavar="FILE", nargs="+", default=[], help="fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--quick", action="store_true", help="everything in miniature, to see that it works")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="scenes", help="scenes, coco, flickr30k, or a JSON file of Karpathy's form")
+    add("--root", help="folder of the captions and region features")
+    add("--features", help="file or folder of the region features, if not under --root")
+    add("--phrases", help="JSON with the phrases of the captions; without it they are parsed by rules")
+    add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
+    add("--scenes", type=positive, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
+    add = parser.add_argument_group("model").add_argument
+    add("--size", default="tiny", help="tiny, small, base or large (paper: base, large)")
+    add("--init", metavar="FILE", help="start from our checkpoint or official UNITER / TAGS weights, without a warm-up phase")
+    add("--heads", type=positive, help="attention heads of --init weights, if not 64 wide")
+    add("--dropout", type=share, default=0.0, help="paper: 0.1")
+    add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
+    add("--steps", type=positive, default=4000, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=70", "tags=15", "dc=15"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--batch-size", type=positive, default=32, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
+    add("--lr", type=positive_float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
+    add("--warmup-lr", type=positive_float, default=1e-3, help="peak learning rate of the warm-up phase")
+    add("--pool", type=positive, default=64, help="pairs among which hard negatives are retrieved (paper: 399)")
+    add("--hard", type=positive, default=4, help="negatives kept of each kind (paper: 31)")
+    add("--maskings", type=positive, default=4, help="maskings of each caption (paper: 20)")
+    add("--refills", type=positive, default=4, help="refills of each masking (paper: 20)")
+    add("--temperature", type=positive_float, default=1.5, help="of the refilling (paper: 1.5)")
+    add("--margin", type=positive_float, default=0.2, help="of the triplet losses (paper: 0.2)")
+    for term, default, text in (("tags", 0.5, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
+                                ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
+        add(f"--lambda-{term}", type=weight, default=default, help=f"weight of {text}; 0 switches it off")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="run directory (default: runs/ and the name of the data)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 autocast where the hardware has it")
+    add("--log-every", type=positive, default=50, help="steps between two lines of the log")
+    add("--validations", type=positive, default=16, help="validations in a run")
+    add("--val-images", type=positive, default=100, help="images of val that a validation looks at")
+    add("--analyse-images", type=positive, default=200, help="test images whose generated negatives are analysed")
+    add("--score-batch", type=positive, default=128, help="pairs in one pass without gradient")
+    add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
+
+    known = vars(parser.parse_known_args(argv)[0])
+    if known["recipe"]:
+        parser.set_defaults(**RECIPES[known["recipe"]])
+    if known["quick"]:
+        parser.set_defaults(scenes=[400, 50, 50], steps=120, batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
+    source = known["eval"] or known["checkpoint"]
+    if source:
+        kept = load_checkpoint(Path(source)).get("arguments", {})
+        parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "init", "recipe")})
+    args = parser.parse_args(argv)
+    if (args.query or args.image) and not args.checkpoint:
+        parser.error("--query and --image need a trained model: add --checkpoint runs/scenes/best.pt")
+    if args.hard > args.maskings * args.refills:
+        parser.error(f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: that many candidates do not exist")
+    if args.pool < args.batch_size:
+        parser.error(f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors")
+    for phase in args.phases:
+        name, _, value = phase.partition("=")
+        if name not in PHASES or not value.replace(".", "", 1).isdigit():
+            parser.error(f"--phases {phase}: expected NAME=SHARE with a name among {', '.join(PHASES)}")
+    return args
+
+
+def number(kind, low, high, text):
+    def parse(value):
+        parsed = kind(value)
+        if not low <= parsed <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not {text}")
+        return parsed
+    parse.__name__ = text
+    return parse
+
+
+positive, positive_float = number(int, 1, 10 ** 12, "a whole number above 0"), number(float, 1e-12, 1e6, "a number above 0")
+weight, share = number(float, 0, 1e6, "a number of at least 0"), number(float, 0, 0.99, "a share in [0, 1)")
+
+
+def hardware(args):
+    """(device, dtype) that --device and --dtype come to on this machine. Raises InputError if it lacks what was asked for."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if args.device == "auto" else args.device
+    if not there[device]:
+        raise datasets.InputError(f"--device {device}: PyTorch finds no such device here; use --device cpu")
+    if args.dtype != "auto":
+        return device, getattr(torch, args.dtype)
+    cpu = Path("/proc/cpuinfo")
+    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(), "mps": lambda: False,
+            "cpu": lambda: cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))}[device]()
+    return device, torch.bfloat16 if fast else torch.float32
+
+
+def make_model(args, data, state):
+    """The network for this data: from a checkpoint, from --init (ours or official weights), or fresh."""
+    sizes = dict(vocab_size=len(data.tokenizer.tokens), feature_size=data.feature_size, dropout=args.dropout)
+    given = state or (load_checkpoint(Path(args.init)) if args.init else None)
+    try:
+        if given is None:
+            return TagsDC(Config.preset(args.size, **sizes))
+        config = Config(**dict(given["config"], dropout=args.dropout)) if "config" in given else Config.from_uniter(given, args.heads, args.dropout)
+        for field in ("vocab_size", "feature_size"):
+            if getattr(config, field) != sizes[field]:
+                raise ValueError(f"its {field} is {getattr(config, field)}, the data's {sizes[field]}: give the vocab.txt and features that belong to it")
+        model = TagsDC(config)
+        if "config" in given:
+            model.load_state_dict(given["model"])
+        else:
+            for what, names in model.load_uniter(given).items():
+                say(f"{args.init}: {what} {len(names)}" + (f": {', '.join(names[:4])}{', ...' if names[4:] else ''}" if names and what != "loaded" else ""))
+        return model
+    except ValueError as fault:
+        raise datasets.InputError(f"{args.init or args.eval or args.checkpoint or '--size'}: {fault}") from None
+
+
+def finish(args, data, model, device, state):
+    """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures."""
+    split = next(name for name in ("test", "val", "train") if name in data.splits)
+    out = Path(args.out)
+    metrics, scores, made = test_report(model, data, args, device, split)
+    for path in args.probe:
+        metrics.update(evaluate.run_probe(path, model, data, split, device=device, dtype=args.dtype))
+    say(f"{split} split: {len(data.splits[split].images):,} images, {len(data.splits[split].captions):,} captions")
+    print_table(metrics, state.get("warmup"))
+    if data.splits[split].scenes:
+        ceiling = datasets.identification_ceiling(data.splits[split].scenes, data.splits[split].captions, data.splits[split].image_of_caption)
+        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling
+        print(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
+    if args.save_scores:
+        write_atomically(out / "scores.npy", lambda path: np.save(open(path, "wb"), scores.numpy()))
+    picture_negatives(out / "negatives.png", data, split, scores, made)
+    if state["log"]:
+        evaluate.draw_curves(out / "curves.png", state["log"])
+    record = {"test": metrics, "val": {"rsum": state["best"]}, "warmup": state["warmup"], "arguments": {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()},
+              "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
+    if not args.eval:
+        write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+
+
+def search(args, data, model, device, count=6):
+    """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
+    split = next(name for name in ("test", "val", "train") if name in data.splits)
+    content, out = data.splits[split], Path(args.out)
+    options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
+    if args.query:
+        unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
+        if unknown or not args.query.strip():
+            raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
+        everything = torch.arange(len(content.images))
+        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(everything), -1)
+        scores = evaluate.score_sentences(model, data, split, ids, everything, **options).sigmoid()
+        best = scores.topk(min(count, len(scores))).indices.tolist()
+        results = [(picture_of(data, split, i), content.images[i], scores[i].item()) for i in best]
+    else:
+        if args.image not in content.images:
+            raise datasets.InputError(f"--image {args.image}: no such image in the {split} split; its first are {', '.join(content.images[:3])}")
+        image = content.images.index(args.image)
+        every = torch.arange(len(content.captions))
+        scores = evaluate.score_sentences(model, data, split, data.text(split, every), torch.full_like(every, image), **options).sigmoid()
+        best = scores.topk(min(count, len(scores))).indices.tolist()
+        results = [(None, content.captions[c] + ("  (its own)" if content.image_of_caption[c] == image else ""), scores[c].item()) for c in best]
+    for _, text, score in results:
+        print(f"{score:.4f}  {text}")
+    asked = (args.query, None) if args.query else (args.image, picture_of(data, split, image))
+    evaluate.draw_search(out / "search.png", *asked, results)
+    say(f"drawn as {out / 'search.png'}")
+    return 0
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    try:
+        return run(parse_arguments(argv))
+    except (datasets.InputError, OSError) as fault:
+        print(f"tagsdc.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(args):
+    """Loads data and model, then trains, evaluates or searches. Returns the exit code."""
+    device, args.dtype = hardware(args)
+    name = Path(args.data).stem.removeprefix("dataset_")
+    source = args.eval or args.checkpoint
+    args.out = args.out or (str(Path(source).parent) if source else f"runs/{name}")
+    out = Path(args.out)
+    state = load_checkpoint(Path(source)) if source else None
+    if args.resume:
+        state = load_checkpoint(out / "last.pt")
+    torch.manual_seed(args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokens = state["tokens"] if state else None
+    data = (datasets.load_scenes(args.seed, args.scenes, out / "data") if args.data == "scenes" else
+            datasets.load_data(args.data, args.root, args.features, args.phrases, args.skip_bad, tokens,
+                               state and state["config"]["feature_size"], store=out / "data"))
+    for note in data.notes:
+        say(note)
+    model = make_model(args, data, state).to(device)
+    if args.query or args.image:
+        return search(args, data, model, device)
+    if not args.eval:
+        started = time.time()
+        training = Run(args, data, model, device)
+        if args.resume:
+            training.resume(state)
+        if not training.train():
+            say(f"interrupted; {out / 'last.pt'} is saved, --resume goes on")
+            return 128 + training.signal
+        training.at["seconds"] += time.time() - started
+        state = training.at
+    finish(args, data, model, device, state)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
