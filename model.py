@@ -156,10 +156,13 @@ class TagsDC(nn.Module):
 
     @staticmethod
     def _initialise(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        """Linear maps keep the variance of their input. BERT's 0.02 suits 768 wide layers; at 128 it starves the attention, and
+        a model trained from scratch spends thousands of steps on language alone before it looks at the image."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
 
     # ---- encoder -------------------------------------------------------------------------------------------------------
 

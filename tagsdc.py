@@ -42,7 +42,7 @@ PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("har
 
 # ---- one training step -----------------------------------------------------------------------------------------------
 
-def draw_batch(data, args, rng, device, anchors, pool):
+def draw_batch(data, rng, device, anchors, pool, maskings, probability):
     """B anchor pairs and the rest of their retrieval pool, drawn from the training split, masks included.
 
     rng: a CPU torch.Generator; everything random here is drawn on the CPU, so that its sizes are known without asking a GPU.
@@ -59,7 +59,7 @@ def draw_batch(data, args, rng, device, anchors, pool):
     words = (data.tokenizer.first_word, len(data.tokenizer.tokens))
     phrases = data.phrases("train", captions[:anchors])
     anchor_ids = input_ids[:anchors, :phrases.size(2)]
-    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, words, args.maskings, generator=rng)
+    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, words, maskings, probability, rng)
     batch = dict(input_ids=input_ids, anchor_ids=anchor_ids, own=data.own_captions("train", images), features=features, boxes=boxes, region_mask=region_mask, masked=masked)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels, "words": words}
 
@@ -155,7 +155,8 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
     """
     model = objective.module.model if hasattr(objective, "module") else objective.model
     mining = "hard" in weights
-    batch = draw_batch(data, args, rng, device, args.batch_size, args.pool if mining else args.batch_size)
+    batch = (draw_batch(data, rng, device, args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
+             draw_batch(data, rng, device, args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
     retrieved = negatives = None
     if mining:
         with evaluate.inference(model, device, args.dtype):
@@ -268,7 +269,8 @@ class Run:
         for step in range(self.at["step"], steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = peak * rate(step, steps)
-            loss, seen = training_step(self.objective, self.data, args, weights, self.rng, self.device_rng, self.device)
+            early = phase == "warmup" and step < args.words_first * steps
+            loss, seen = training_step(self.objective, self.data, args, {"mlm": weights["mlm"]} if early else weights, self.rng, self.device_rng, self.device)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
@@ -405,7 +407,7 @@ def picture_of(data, split, image):
 
 def picture_negatives(path, data, split, scores, made, count=6):
     """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
-    content, decode, rows = data.splits[split], data.tokenizer.word, []
+    content, decode, rows = data.splits[split], data.tokenizer.tokens.__getitem__, []
     for n in torch.linspace(0, len(made["captions"]) - 1, count).long().tolist():
         caption, image = made["captions"][n].item(), made["images"][n].item()
         false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
@@ -466,6 +468,10 @@ def parse_arguments(argv):
     add("--steps", type=positive, default=4000, help="optimiser steps in all; the phases share them")
     add("--phases", nargs="+", default=["warmup=70", "tags=15", "dc=15"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=positive, default=32, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
+    add("--warmup-batch-size", type=positive, default=64, help="pairs a step of the warm-up phase")
+    add("--words-first", type=share, default=0.5, help="share of the warm-up that learns words (MLM) alone, before matching")
+    add("--mask-probability", type=positive_float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
+    add("--warmup-mask-probability", type=positive_float, default=0.3, help="of a phrase, in the warm-up")
     add("--lr", type=positive_float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
     add("--warmup-lr", type=positive_float, default=1e-3, help="peak learning rate of the warm-up phase")
     add("--pool", type=positive, default=64, help="pairs among which hard negatives are retrieved (paper: 399)")
@@ -493,7 +499,7 @@ def parse_arguments(argv):
     if known["recipe"]:
         parser.set_defaults(**RECIPES[known["recipe"]])
     if known["quick"]:
-        parser.set_defaults(scenes=[400, 50, 50], steps=120, batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
+        parser.set_defaults(scenes=[400, 50, 50], steps=120, batch_size=16, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
     source = known["eval"] or known["checkpoint"]
     if source:
         kept = load_checkpoint(Path(source)).get("arguments", {})

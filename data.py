@@ -1,0 +1,659 @@
+"""Data: tokenizer, phrases, region store, real data sets and the embedded scenes."""
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+import binascii
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import unicodedata
+import zipfile
+import zlib
+
+from PIL import Image
+import numpy as np
+import torch
+
+class InputError(ValueError):
+    """Bad input. One line: what is wrong, where (file, row or image, field), how to mend it."""
+
+@contextlib.contextmanager
+def _blame(where, left_out=None, mend="mend it, or pass --skip-bad to leave it out"):
+    """What goes wrong inside becomes an InputError of one line that names where, or a line of the list left_out."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+        what = f"{where}: {e if type(e) in (ValueError, InputError) else f'{type(e).__name__} {e}'}"
+        if left_out is None:
+            raise (e if type(e) is InputError else InputError(" ".join(f"{what}; {mend}".split()))) from None
+        left_out.append(" ".join(what.split()))
+
+def _read(path, parse=lambda text: text.rstrip("\n").split("\n")):
+    with _blame(path, mend="a whole UTF-8 text file is expected here"):
+        return parse(Path(path).read_text(encoding="utf-8"))
+
+# ---------------------------------------------------------------- words and word pieces
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+                 r"\U0002f800-\U0002fa1f]")
+
+@functools.lru_cache(1 << 18)
+def _cut(chunk):
+    """Text without spaces -> its words: punctuation and CJK characters stand alone, as BERT has it."""
+    marks = [not c.isalnum() if c.isascii() else unicodedata.category(c)[0] == "P" or CJK.match(c) for c in chunk]
+    return "".join(f" {c} " if mark else c for c, mark in zip(chunk, marks)).split()
+
+def split_words(text):
+    """Caption -> words and punctuation marks, case kept. WordPiece.encode(text) is the words' pieces, concatenated."""
+    if not (text.isascii() and text.isprintable()):     # drop control characters, make every space a plain one
+        kinds = [(c, "Zs" if c in "\t\n\r" else unicodedata.category(c)) for c in text if c != "\ufffd"]
+        text = "".join(" " if kind == "Zs" else c for c, kind in kinds if kind[0] != "C")
+    return [word for chunk in text.split() for word in _cut(chunk)]
+
+def _plain(word):
+    """Lower case without accents; letter by letter as BERT does, so no final sigma."""
+    letters = word if word.isascii() else unicodedata.normalize("NFD", "".join(c.lower() for c in word))
+    return word.lower() if word.isascii() else "".join(c for c in letters if unicodedata.category(c) != "Mn")
+
+class WordPiece:
+    """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
+
+    vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. first_word: lowest id that
+    may be sampled; those below are special or [unused]."""
+    def __init__(self, vocab, lowercase):
+        self.tokens, self.lowercase = vocab if isinstance(vocab, list) else _read(vocab), lowercase
+        self.ids, self._cache = {token: i for i, token in enumerate(self.tokens)}, {}
+        if not self.ids.keys() >= set(SPECIALS):
+            raise InputError(f"{str(vocab)[:99]}: a vocabulary needs {' '.join(SPECIALS)}; give BERT's vocab.txt")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIALS)
+        words = (i for i, token in enumerate(self.tokens) if token not in SPECIALS and token[:7] != "[unused")
+        self.first_word = next(words, len(self.tokens))
+
+    def pieces(self, word):
+        """One word of split_words -> its ids (several where it is cut; none if nothing visible is left of it)."""
+        if word not in self._cache:
+            parts = _cut(_plain(word)) if self.lowercase else [word]
+            self._cache[word] = [i for part in parts for i in self._longest_match(part)]
+        return self._cache[word]
+
+    def _longest_match(self, word):
+        ids, start = [], 0
+        while start < len(word):
+            pieces = ["##" * (start > 0) + word[start:end] for end in range(len(word), start, -1)]
+            piece = next((p for p in pieces if p in self.ids), None)
+            if piece is None or len(word) > 100:
+                return [self.unk_id]
+            ids.append(self.ids[piece])
+            start += len(piece) - 2 * (start > 0)
+        return ids
+
+    def encode(self, text):
+        """Text -> list of ids, without [CLS] and [SEP]."""
+        return [i for word in split_words(text) for i in self.pieces(word)]
+
+    def decode(self, ids):
+        """Ids -> readable text: pieces joined, [PAD] [CLS] [SEP] dropped."""
+        silent = (self.pad_id, self.cls_id, self.sep_id)
+        return " ".join(self.tokens[i] for i in map(int, ids) if i not in silent).replace(" ##", "")
+
+def build_vocabulary(captions, min_count):
+    """The special tokens, then every word seen min_count times, frequent first, ties by alphabet (lower case)."""
+    counts = Counter(part for text in captions for word in split_words(text) for part in _cut(_plain(word)))
+    return SPECIALS + sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+
+# ---------------------------------------------------------------- the region store
+MAGIC = b"TAGSDC-REGIONS-1"
+
+def _record(feature_size):
+    return np.dtype([("features", np.float16, (feature_size,)), ("box", np.float32, (4,))])
+
+def write_regions(path, items, source):
+    """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
+
+    items: iterator of (name, features (R,F), boxes (R,4) x1 y1 x2 y2 in 0..1), or a function from the names stored
+    already to such an iterator. source: JSON-able description of where the features came from. The file takes its name
+    only when complete; a killed conversion goes on behind the last image in its log. After the records come a JSON
+    header (source; per image name, count of regions, CRC-32, feature size, end), its length, a magic word."""
+    part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}     # rows: name -> [count, CRC-32, size, end]
+    if part.exists() and log.exists():
+        logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]       # whole lines
+        rows = {name: row for name, *row in logged[1:] if [source] == logged[0] and row[3] <= part.stat().st_size}
+    part.parent.mkdir(parents=True, exist_ok=True)
+    start, resumed = time.time(), len(rows)
+    with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8") as lines:
+        data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
+        lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
+        for name, features, boxes in items(set(rows)) if callable(items) else items:
+            if name in rows:
+                continue
+            records = np.empty(len(features), _record(features.shape[1]))
+            records["features"], records["box"] = features, boxes
+            data.write(records)
+            rows[name] = [len(records), zlib.crc32(records), features.shape[1], data.tell()]
+            lines.write(json.dumps([name, *rows[name]]) + "\n")
+            if len(rows) % 500 == 0:
+                data.flush(), lines.flush()
+                rate = (len(rows) - resumed) / (time.time() - start)
+                print(f"\rregions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {rate:.0f} images/s ", end="",
+                      file=sys.stderr, flush=True)
+        if not rows:
+            raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
+        header = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))
+        header = json.dumps(header).encode()
+        data.write(header + len(header).to_bytes(8, "little") + MAGIC)
+        data.flush(), os.fsync(data.fileno())
+    os.replace(part, path)
+    log.unlink()
+    print(end="\n" * (len(rows) >= 500), file=sys.stderr)
+
+class Regions:
+    """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images."""
+    def __init__(self, path):
+        with _blame(path, mend="delete it, and it is made again from its source"), open(path, "rb") as file:
+            file.seek(-24, os.SEEK_END)
+            length, magic = int.from_bytes(file.read(8), "little"), file.read()
+            file.seek(-24 - length, os.SEEK_END)
+            end, header = file.tell(), json.loads(file.read(length) if magic == MAGIC else "no store")
+            self.source, self.names, self.feature_size = header["source"], header["names"], header["sizes"][0]
+            self.counts, width = np.array(header["counts"], np.int64), _record(self.feature_size).itemsize
+            self._ends, self._bytes = self.counts.cumsum(), np.memmap(path, np.uint8, "r", shape=(end // width, width))
+            for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
+                if zlib.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
+                    raise ValueError(f"image {self.names[i]} fails its checksum")
+        self._rows = {image_key(name): i for i, name in enumerate(self.names)}
+
+    def __len__(self):
+        return len(self.names)
+
+    def row(self, *names):
+        """Row of the image that goes by one of these names (file name or COCO id in any convention), else None."""
+        return next((self._rows[key] for key in map(image_key, names) if key in self._rows), None)
+
+    def gather(self, rows):
+        """rows (B,) -> features (B,R,F), boxes (B,R,7) x1 y1 x2 y2 w h area, mask (B,R); R = most in this batch."""
+        counts = self.counts[rows]
+        steps = np.arange(counts.max(initial=1))
+        mask = steps < counts[:, None]                                          # (B,R)
+        index = (self._ends[rows] - counts)[:, None] + steps * mask             # padding repeats the first region
+        records, split = np.take(self._bytes, index.ravel(), axis=0), 2 * self.feature_size        # (B*R, bytes)
+        features = torch.from_numpy(records[:, :split].view(np.float16)).float().view(*index.shape, self.feature_size)
+        corner = torch.from_numpy(records[:, split:].copy().view(np.float32)).view(*index.shape, 4)
+        sides, mask = corner[..., 2:] - corner[..., :2], torch.from_numpy(mask)
+        boxes = torch.cat([corner, sides, sides.prod(-1, keepdim=True)], -1)
+        features[~mask], boxes[~mask] = 0, 0
+        return features, boxes, mask
+
+# ---------------------------------------------------------------- data set, splits, batches
+def image_key(name):
+    """What two names of one picture share: COCO_val2014_000000391895.jpg, coco_val2014_...npz and 391895 are 391895."""
+    stem = re.sub(r"\.(jpe?g|png|np[yz])$", "", re.split(r"[/\\]", str(name).lower())[-1])
+    stem = re.sub(r"^((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)", "", stem)
+    return str(int(stem)) if stem.isdecimal() else stem
+
+@dataclass
+class Split:
+    """Images and captions of train, val or test. Captions of one image stand together, images in order."""
+    images: list                                # names
+    rows: np.ndarray                            # (I,) row of each image in the region store
+    captions: list
+    image_of_caption: torch.Tensor              # (C,) long
+    phrases: list = None                        # per caption (words, [[word positions] of a phrase]), or None: parse it
+    scenes: list = None                         # only in the embedded world: the Scene of each image
+
+@dataclass
+class Data:
+    """A data set: captions in memory, regions in the mapped store. The methods make batches of CPU tensors."""
+    name: str
+    tokenizer: WordPiece
+    regions: Regions
+    splits: dict                                # "train", "val", "test"; a data set may lack some
+    max_text: int = 64                          # longest text in tokens with [CLS] and [SEP]; the rest is cut off
+    notes: list = field(default_factory=list)   # what was found, left out or guessed, a line each
+
+    def __post_init__(self):
+        self.feature_size, self._cache = self.regions.feature_size, {}
+
+    def _encoded(self, split_name, captions):
+        """captions (B,) -> token ids (B,T), and as (B,T) of bits the phrases that each token belongs to; kept."""
+        split, captions = self.splits[split_name], np.asarray(captions)
+        if split_name not in self._cache:               # untouched pages of these arrays take no memory
+            shape = len(split.captions), self.max_text
+            self._cache[split_name] = np.zeros(shape, np.int32), np.zeros(shape[0], int), np.zeros(shape, np.uint64)
+        ids, lengths, bits = self._cache[split_name]
+        for c in captions[lengths[captions] == 0].tolist():
+            words, phrases = (split.phrases and split.phrases[c]) or (split_words(split.captions[c]), None)
+            phrases = [at for _, at in parse_phrases(words)] if phrases is None else phrases
+            word_bits = np.zeros(len(words), np.uint64)
+            # without a single phrase every word is its own (METHOD 3.1); the bits hold at most 64 phrases
+            for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:64]):
+                word_bits[positions] |= np.uint64(1 << p)
+            pieces = [self.tokenizer.pieces(word) for word in words]
+            flat = [i for word in pieces for i in word][:self.max_text - 2]
+            ids[c] = self.tokenizer.pad_id
+            ids[c, :len(flat) + 2] = [self.tokenizer.cls_id, *flat, self.tokenizer.sep_id]
+            bits[c, 1:len(flat) + 1] = np.repeat(word_bits, [len(word) for word in pieces])[:len(flat)]
+            lengths[c] = len(flat) + 2
+        longest = lengths[captions].max(initial=2)
+        return ids[captions, :longest], bits[captions, :longest]
+
+    def text(self, split_name, captions):
+        """captions (B,) -> input_ids (B,T): [CLS] words [SEP], padded to the longest of the batch."""
+        return torch.from_numpy(self._encoded(split_name, captions)[0]).long()
+
+    def phrases(self, split_name, captions):
+        """captions (B,) -> (B,P,T) bool, aligned with text(): True = the token belongs to the phrase."""
+        bits = self._encoded(split_name, captions)[1][:, None]
+        numbers = np.arange(int(bits.max(initial=1)).bit_length(), dtype=np.uint64)[:, None]
+        return torch.from_numpy((bits >> numbers) & np.uint64(1) > 0)
+
+    def image(self, split_name, images):
+        """images (B,) -> features (B,R,F), boxes (B,R,7), region_mask (B,R)."""
+        return self.regions.gather(self.splits[split_name].rows[np.asarray(images)])
+
+    def own_captions(self, split_name, images):
+        """images (B,) -> (B,C,T') ids of all captions of each image; rows beyond an image's captions are all pad."""
+        owner, images = self.splits[split_name].image_of_caption.numpy(), np.asarray(images)
+        first, last = np.searchsorted(owner, images, "left"), np.searchsorted(owner, images, "right")
+        steps = np.arange((last - first).max(initial=1))
+        real = steps < (last - first)[:, None]                                  # (B,C)
+        texts = self.text(split_name, (first[:, None] + steps * real).ravel()).view(*real.shape, -1)
+        texts[~torch.from_numpy(real)] = self.tokenizer.pad_id
+        return texts
+
+# ---------------------------------------------------------------- region features as they are published
+WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
+TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                    # bottom-up-attention
+               10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}      # LXMERT
+
+def _tsv_row(columns):
+    if len(columns) not in TSV_COLUMNS:
+        raise ValueError(f"{len(columns)} columns; 6 (bottom-up-attention) or 10 (LXMERT) are expected")
+    row = dict(zip(TSV_COLUMNS[len(columns)], columns))
+    count, arrays = int(row["num_boxes"]), {"size": (int(row["w"]), int(row["h"]))}
+    for name, width in (("boxes", 4), ("features", 0), ("objects_conf", 1)):
+        if name in row:
+            data = binascii.a2b_base64(row[name] + b"==")         # so that a cut-off field is too short
+            if count < 1 or not data or len(data) % (4 * count) or width and len(data) != 4 * count * width:
+                raise ValueError(f"{name} has {len(data):,} bytes, not as many as num_boxes {count} needs")
+            arrays[name.split("_")[-1]] = np.frombuffer(data, np.float32).reshape((count, -1) if width != 1 else -1)
+    return arrays
+
+def _npz_image(path, sizes):
+    """sizes: image key -> (width, height) from the captions' JSON, in case that boxes are in pixels."""
+    with np.load(path, allow_pickle=False) as file:
+        row = {k: file[k] for k in file.files if k in "features norm_bb bbox conf num_bb image_w image_h".split()}
+    name, widths = ("norm_bb", (6, 7)) if "norm_bb" in row else ("bbox", (4,))
+    boxes, size = row[name], None
+    if boxes.ndim != 2 or boxes.shape[1] not in widths:
+        raise ValueError(f"{name} has shape {boxes.shape}; {' or '.join(map(str, widths))} columns are expected")
+    if name == "bbox" and boxes.max(initial=0) > 1.01:
+        size = (row["image_w"], row["image_h"]) if "image_w" in row else sizes.get(image_key(path))
+        if size is None:
+            raise ValueError("bbox is in pixels, but neither image_w, image_h here nor the captions' JSON has the size")
+    return dict(features=row["features"], boxes=boxes[:, :4], size=size, conf=row.get("conf"), count=row.get("num_bb"))
+
+def _precomp(path):
+    """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
+    with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
+        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
+        listed = path.with_name(f"{split}_names.txt")
+        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
+        if array.ndim != 3 or len(array) != len(names):
+            raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
+    return array, names
+
+def describe_crops(picture, boxes):
+    """Appearance of boxes (R, 4), fractions of a PIL picture, from its pixels alone: (R, 256) float32 in [-1, 1].
+
+    A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144).
+    """
+    width, height = picture.size
+    crops = np.stack([np.asarray(picture.resize((24, 24), Image.BOX, (x1 * width, y1 * height, x2 * width, y2 * height)))
+                      for x1, y1, x2, y2 in np.asarray(boxes, np.float64)]) / np.float32(256)                    # (R, 24, 24, 3)
+    n = len(crops)
+    thumbnail = crops.reshape(n, 4, 6, 4, 6, 3).mean((2, 4)).reshape(n, 48)
+    histogram = np.sqrt((((crops * 4).astype(int) @ [16, 4, 1]).reshape(n, -1, 1) == np.arange(64)).mean(1))     # (R, 64)
+    dy, dx = np.gradient(crops.mean(-1), axis=(1, 2))
+    direction = np.floor(np.arctan2(dy, dx) * 4 / np.pi + 0.5).astype(int) % 4                                   # (R, 24, 24)
+    edges = np.hypot(dx, dy)[..., None] * (direction[..., None] == np.arange(4))
+    edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
+    return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
+
+
+def _grid_cells(path):
+    """No detector: the whole picture and its 4 x 4 cells."""
+    with Image.open(path) as picture:
+        cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+        boxes = np.concatenate([WHOLE_IMAGE, cells])
+        return dict(features=describe_crops(picture.convert("RGB"), boxes), boxes=boxes)
+
+
+# ---- the embedded world
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "moon", "ring", "frame")
+HOLLOW = ("ring", "frame")                               # the shapes that can hold another object
+COLOURS = {"red": (225, 35, 40), "yellow": (250, 215, 30), "green": (30, 155, 60), "blue": (35, 75, 220),
+           "purple": (135, 40, 185), "pink": (255, 135, 195), "cyan": (40, 205, 225), "brown": (130, 75, 30)}
+SIZES = {"small": (0.065, 0.08), "large": (0.125, 0.15)}  # half the width, as a share of the picture
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 152, 158), "black": (25, 25, 30), "beige": (228, 206, 168)}
+ATTRIBUTES = dict(size=[*SIZES], pattern=["plain", "striped", "dotted", "checked"], colour=[*COLOURS], shape=SHAPES)
+PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in ("shape", *SHAPES)}
+COUNTS = {"a": 1, "the": 1, "two": 2, "three": 3, "four": 4}
+# One bit a value: an object fits a noun phrase if it has all its bits, so contradictory adjectives fit nothing.
+BITS = {value: 1 << i for i, value in enumerate(itertools.chain(*ATTRIBUTES.values()))}
+BITS |= {plural: BITS.get(shape, 0) for shape, plural in PLURALS.items()}
+CANVAS = 112                                             # pixels of a picture's side
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """An object. Its centre and radius (half the width of its box) are shares of the picture; y points down."""
+    shape: str
+    colour: str
+    size: str
+    pattern: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclasses.dataclass(eq=False)
+class Scene:
+    """What a picture shows. `light`: how much brighter its background is at the bottom, in -1..1."""
+    objects: list
+    background: str
+    light: float
+
+    def __post_init__(self):
+        self.bits = [sum(BITS[getattr(thing, attribute)] for attribute in ATTRIBUTES) for thing in self.objects]
+        self.facts = dict.fromkeys(relations(self.objects))  # all that holds: (relation, two or three objects)
+
+
+def relations(objects):
+    """Every relation that holds. This is their one definition, for the writer of captions and for the oracle."""
+    for (i, a), (j, b) in itertools.permutations(enumerate(objects), 2):
+        dx, dy = b.x - a.x, b.y - a.y
+        if dx > 0.1 and abs(dy) < 2 * dx:                # clearly to one side, and not almost straight above
+            yield from (("left", i, j), ("right", j, i))
+        if dy > 0.1 and abs(dx) < 2 * dy:
+            yield from (("above", i, j), ("below", j, i))
+        if holder(a, b) or holder(b, a):
+            yield from [("inside", i, j)] if holder(a, b) else []
+        elif max(abs(dx), abs(dy)) < a.radius + b.radius:
+            yield "touching", i, j
+        yield from ((same, i, j) for same in ATTRIBUTES if getattr(a, same) == getattr(b, same))
+    for (i, a), (j, b), (k, c) in itertools.permutations(enumerate(objects), 3):
+        ux, uy, vx, vy = c.x - b.x, c.y - b.y, a.x - b.x, a.y - b.y
+        length = math.hypot(ux, uy)
+        if length > 0.3 and 0.25 < (ux * vx + uy * vy) / length ** 2 < 0.75 and abs(ux * vy - uy * vx) < 0.12 * length:
+            yield "between", i, j, k                     # a lies near the middle half of the line from b to c
+
+
+def holder(a, b):
+    """True if a lies in the hole of b."""
+    return b.shape in HOLLOW and max(abs(a.x - b.x), abs(a.y - b.y)) + a.radius < 0.72 * b.radius
+
+
+def clear(objects):
+    """True if every two are apart, well overlapping or one in the other, and all in the picture: no case of doubt."""
+    for a, b in itertools.combinations(objects, 2):
+        near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
+        reach = a.radius + b.radius
+        overlap = 0.6 * reach < far < 0.85 * reach and near < 0.5 * min(a.radius, b.radius)
+        if far < 1.2 * reach and (a.colour == b.colour or not (overlap or holder(a, b) or holder(b, a))):
+            return False
+    return all(thing.radius < place < 1 - thing.radius for thing in objects for place in (thing.x, thing.y))
+
+
+def random_scene(rng):
+    """A scene of 2 to 5 objects: mostly apart, some in another or touching it, some alike in shape or colour."""
+    objects, count = [], rng.choices((2, 3, 4, 5), (2, 4, 5, 4))[0]
+    while len(objects) < count:
+        shape, colour = rng.choice(SHAPES if objects or rng.random() < 0.8 else HOLLOW), rng.choice(tuple(COLOURS))
+        size, pattern = rng.choices(tuple(SIZES), (1, 3))[0], rng.choices(ATTRIBUTES["pattern"], (3, 2, 2, 2))[0]
+        other, x, y = rng.choice(objects or [None]), rng.random(), rng.random()
+        if other and rng.random() < 0.4:                 # alike in one way, so that one word does not find the object
+            shape, colour = (other.shape, colour) if rng.random() < 0.6 else (shape, other.colour)
+        if other and other.shape in HOLLOW and shape not in HOLLOW and rng.random() < 0.5:
+            size, x, y = "small", other.x, other.y
+        elif other and rng.random() < 0.2:
+            x, y = other.x + rng.uniform(-0.2, 0.2), other.y + rng.uniform(-0.2, 0.2)
+        radius = rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1)
+        new = Thing(shape, colour, size, pattern, x, y, radius)
+        objects += [new] if clear([*objects, new]) else []
+    return Scene(objects, rng.choice(tuple(BACKGROUNDS)), rng.uniform(-1, 1))
+
+
+def near_twin(rng, scene, pair):
+    """The scene with one attribute or the place of one of a pair of objects changed, or with the two swapped."""
+    while True:
+        objects, (i, j) = list(scene.objects), rng.sample(pair, 2)
+        a, b, kind = objects[i], objects[j], rng.choice((*ATTRIBUTES, *3 * ("swap", "move")))
+        if kind in ATTRIBUTES:
+            value = rng.choice([value for value in ATTRIBUTES[kind] if value != getattr(a, kind)])
+            objects[i] = dataclasses.replace(a, **{kind: value}, radius=rng.uniform(*SIZES.get(value, [a.radius] * 2)))
+        elif kind == "swap":
+            objects[i], objects[j] = dataclasses.replace(a, x=b.x, y=b.y), dataclasses.replace(b, x=a.x, y=a.y)
+        else:
+            objects[i] = dataclasses.replace(a, x=rng.random(), y=rng.random())
+        if clear(objects):
+            return Scene(objects, scene.background, scene.light)
+
+
+def inside_shape(shape, x, y):
+    """Which of the points x, y in [-1, 1] (y down) the shape covers."""
+    square, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
+    if shape == "star":                                  # folded onto one half of one of its five points
+        turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)
+        return 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28
+    return {"heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "square": lambda: square < 0.93,
+            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "ring": lambda: (r < 1) & (r > 0.62),
+            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "circle": lambda: r < 1,
+            "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34, "frame": lambda: square > 0.66}[shape]()
+
+
+def draw(scene, size=CANVAS):
+    """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
+    full = 3 * size
+    column = np.linspace(-9, 9, full)[:, None] * scene.light + BACKGROUNDS[scene.background]
+    canvas = np.repeat(np.uint8(column)[:, None], full, axis=1)
+    for thing in sorted(scene.objects, key=lambda thing: -thing.radius):
+        left, top, right, bottom = (round(full * (c + d * thing.radius)) for d in (-1, 1) for c in (thing.x, thing.y))
+        x = (np.arange(left, right) + 0.5 - full * thing.x)[None] / (full * thing.radius)
+        y = (np.arange(top, bottom) + 0.5 - full * thing.y)[:, None] / (full * thing.radius)
+        whole, part = inside_shape(thing.shape, x, y), canvas[top:bottom, left:right]
+        colour = part[whole] = np.array(COLOURS[thing.colour])
+        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 + 0 * x < 0.5,
+               "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
+               "checked": lambda: (2 * x % 2 < 1) ^ (2 * y % 2 < 1)}[thing.pattern]()
+        part[whole & ink] = 0.3 * colour + (0 if colour.sum() > 390 else 178)
+    return Image.fromarray(canvas).reduce(3)
+
+
+def look(rng, scene):
+    """Regions as a detector gives them, from pixels alone: the whole picture, then in random order the objects' boxes,
+    a little off, and one to three boxes of anything. Features (R, F) float16 in [-1, 1], boxes (R, 4) float32."""
+    spots = [[v + rng.uniform(-0.07, 0.07) * o.radius for v in (o.x, o.y, o.radius)] for o in scene.objects]
+    spots += [[rng.random(), rng.random(), rng.uniform(0.06, 0.25)] for _ in range(rng.randint(1, 3))]
+    rng.shuffle(spots)
+    boxes = np.clip([(0, 0, 1, 1), *((x - r, y - r, x + r, y + r) for x, y, r in spots)], 0, 1)
+    image = draw(scene)
+    return describe_crops(image, boxes).astype(np.float16), boxes.astype(np.float32)
+
+
+ADJECTIVES = f"(?:(?:{'|'.join((*COLOURS, *SIZES, *ATTRIBUTES['pattern']))}) )*"
+PIECES = re.compile(
+    rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))"
+    rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
+    rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
+    rf"|(?P<b>between)|(?P<j>and)|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)"
+    rf"|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
+PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")     # left of A; left of A and B (of each); between A and B
+CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
+
+
+def parse(caption):
+    """What a sentence says: nouns [(count, bits)], facts [(relation, two or three of the nouns)], background or None.
+    Returns None if it does not parse. Adjectives may come in any order and number."""
+    pieces = list(PIECES.finditer(caption))
+    if "".join(piece.group() for piece in pieces) != caption or caption.endswith(" "):
+        return None
+    texts, codes = [piece.group().split() for piece in pieces], "".join(piece.lastgroup for piece in pieces)
+    background = texts[-1][2] if codes.endswith("g") else None
+    codes, facts, at = codes.removesuffix("g"), [], 0
+    number = {i: n for n, i in enumerate(i for i, code in enumerate(codes) if code in "np")}
+    nouns = [(COUNTS[texts[i][0]], sum({BITS[word] for word in texts[i][1:]})) for i in number]
+    while clause := CLAUSE.match(codes, at):
+        end = clause.end()
+        subject = number[end - 1 if codes[at] in "rb" else at + (codes[at] == "t")]
+        for found in PREDICATE.finditer(codes, at, end):
+            ends = [number[i] for i in range(*found.span()) if i in number]
+            name = next(word for word in texts[found.start()] if word not in ("to", "the", "same"))
+            facts += [(name, subject, *ends)] if name == "between" else [(name, subject, end) for end in ends]
+        if end == len(codes):
+            return nouns, facts, background
+        at = end + 1 if codes[end] == "j" else len(codes)
+    return None
+
+
+def holds(meaning, scene):
+    """Whether a parsed sentence is true: different objects fit its nouns, and all its facts hold between them. "two red
+    circles" are exactly two, and what is said of them is said of each."""
+    (nouns, facts, background), choices = meaning, []
+    for count, bits in nouns:
+        fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
+        if len(fit) < count or len(fit) > count > 1:
+            return False
+        choices.append([(i,) for i in fit] if count == 1 else [fit])
+    return background in (None, scene.background) and any(
+        len(set().union(*chosen)) == sum(map(len, chosen))
+        and all((name, *ends) in scene.facts for name, *numbers in facts
+                for ends in itertools.product(*(chosen[n] for n in numbers)))
+        for chosen in itertools.product(*choices))
+
+
+def describes(caption, scene):
+    """The oracle: True or False, whether a sentence is true of a scene, or None if it does not parse."""
+    return (meaning := parse(caption)) and holds(meaning, scene)
+
+
+# "*" opens a scene-graph phrase and "_" joins its words. a, b, c: objects; n: all objects of a kind; r: a relation from
+# a to b, both: to b and c, s: from a to c, each: from all n to b; v: a verb; on: the background.
+FORMS = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r} {b} {v} {a}", "there is {a} {r} {b}",
+         "{a} {r} {b} {on}", "{a} and {b} {on}", "there is {a} and {b}", "{a} {both} {b} and {c}", "{n} and {b} {on}",
+         "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
+         "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
+
+
+def draft_caption(rng, scene, pair, detail=0.78):
+    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may
+    ask for what the scene has not. detail: how likely an attribute is mentioned."""
+    things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(FORMS)
+    c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
+    if "between" in form:
+        a, b, c = rng.choice([ends for name, *ends in scene.facts if name == "between"] or [(a, b, c)])
+    kind = rng.choice(("shape", "shape", "colour", "pattern"))
+    alike = [i for i, thing in enumerate(things) if getattr(thing, kind) == getattr(things[a], kind)]
+    same = rng.choice([name for name, *ends in scene.facts if name in ATTRIBUTES and ends == [a, b]] or ["size"])
+
+    def relation(subjects, ends):
+        names = [name for name in ("inside", "touching", "left", "right", "above", "below")
+                 if all((name, *both) in scene.facts for both in itertools.product(subjects, ends))] or ["?"]
+        name = names[0] if names[0] in ("inside", "touching") and rng.random() < 0.6 else rng.choice(names)
+        return rng.choice((f"*{name}_of", f"to the *{name} of")) if name in ("left", "right") else f"*{name}"
+
+    def noun(*numbers, omit=None):
+        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES
+                  if len({getattr(things[i], name) for i in numbers}) == 1}
+        shape, one = shared.pop("shape", "shape"), len(numbers) == 1
+        words = [value for name, value in shared.items()
+                 if name != omit and rng.random() < detail * (0.6 if value == "plain" else 1.1)]
+        return " *".join(["a" if one else f"*{list(COUNTS)[len(numbers)]}", *words, shape if one else PLURALS[shape]])
+
+    say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
+           "n": lambda: noun(*alike) if 1 < len(alike) < 5 else "?", "each": lambda: relation(alike, [b]),
+           "r": lambda: relation([a], [b]), "s": lambda: relation([a], [c]), "both": lambda: relation([a], [b, c]),
+           "same": lambda: same, "v": lambda: rng.choice(("is", "sits", "lies")),
+           "on": lambda: f"on a *{scene.background} background"}
+    words, phrases = [], []
+    for piece in re.sub(r"{(\w+)}", lambda slot: say[slot[1]](), form).split():
+        parts = piece.strip("*").split("_")
+        phrases += [list(range(len(words), len(words) + len(parts)))] if piece[0] == "*" else []
+        words += parts
+    return words, phrases
+
+
+def five_captions(rng, scene, pairs, twins):
+    """Five different true captions of 6 to 16 words, none of them true of a twin; None if they do not turn up."""
+    captions = {}
+    for _ in range(300):
+        words, phrases = draft_caption(rng, scene, rng.choice(pairs))
+        meaning = parse(" ".join(words))
+        if 6 <= len(words) <= 16 and meaning and holds(meaning, scene) and not any(holds(meaning, t) for t in twins):
+            captions[tuple(words)] = words, phrases
+        if len(captions) == 5:
+            return list(captions.values())
+    return None
+
+
+def make_scenes(seed, split, size):
+    """Yields `size` times (scene, five captions (words, phrases), features, boxes), a function of its arguments only.
+    Val and test come in families of five near-twins, and no caption there is true of another of its family."""
+    rng, made = random.Random(f"{seed} {split}"), 0
+    while made < size:
+        members = [random_scene(rng)]
+        pairs = list(itertools.combinations(range(len(members[0].objects)), 2))
+        pairs = pairs if split == "train" else [rng.choice(pairs)]
+        while split != "train" and len(members) < 5:
+            twin = near_twin(rng, members[0], pairs[0])
+            members += [twin] if twin.objects not in [scene.objects for scene in members] else []
+        captions = [five_captions(rng, scene, pairs, [t for t in members if t is not scene]) for scene in members]
+        for scene, five in zip(members[:size - made], captions if None not in captions else ()):
+            made += 1
+            yield (scene, five, *look(rng, scene))
+
+
+def identification_ceiling(scenes, captions, image_of_caption):
+    """R@1 in percent, (text, image) retrieval, to expect of one who knows the whole truth and guesses among ties.
+    scenes: list; captions: list of str; image_of_caption: the number of each caption's scene."""
+    true = np.array([[holds(meaning, scene) for scene in scenes] for meaning in map(parse, captions)])
+    own = true & (np.asarray(image_of_caption)[:, None] == np.arange(len(scenes)))
+    return tuple(float(100 * (own.sum(axis) / true.sum(axis).clip(1)).mean()) for axis in (0, 1))
+
+
+def load_scenes(seed, sizes, store):
+    """The embedded world as a data set: `sizes` images in train, val and test, made once and then read from the folder `store`."""
+    sizes = dict(zip(("train", "val", "test"), sizes))
+    source = {"world": 1, "seed": seed, "sizes": sizes}
+    regions, texts = Path(store) / "regions.bin", Path(store) / "scenes.json"
+    made = json.loads(texts.read_text()) if texts.exists() else {}
+    if made.get("source") != source or not regions.exists() or Regions(regions).source != source:
+        made = {"source": source, **{split: [] for split in sizes}}
+
+        def draw_all():
+            for split in sizes:
+                for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, sizes[split])):
+                    made[split].append([dataclasses.asdict(scene), captions])
+                    yield f"scene_{split}_{i:04d}", features, boxes
+        write_regions(regions, draw_all(), source)
+        texts.write_text(json.dumps(made))
+    store, splits = Regions(regions), {}
+    for split in sizes:
+        captions = [caption for _, five in made[split] for caption in five]
+        scenes = [Scene([Thing(**thing) for thing in scene["objects"]], scene["background"], scene["light"]) for scene, _ in made[split]]
+        names = [f"scene_{split}_{i:04d}" for i in range(len(scenes))]
+        splits[split] = Split(names, np.array([store.row(name) for name in names]), [" ".join(words) for words, _ in captions],
+                              torch.arange(len(scenes)).repeat_interleave(5), [tuple(caption) for caption in captions], scenes)
+    return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), store, splits)
+
+
+def parse_phrases(words):
+    return [("object", [i]) for i in range(len(words))]
