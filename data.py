@@ -15,7 +15,6 @@ import re
 import sys
 import time
 import unicodedata
-import zipfile
 import zlib
 
 from PIL import Image
@@ -30,7 +29,7 @@ def _blame(where, left_out=None, mend="mend it, or pass --skip-bad to leave it o
     """What goes wrong inside becomes an InputError of one line that names where, or a line of the list left_out."""
     try:
         yield
-    except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:                              # numpy, Pillow, zipfile and base64 raise a dozen kinds
         what = f"{where}: {e if type(e) in (ValueError, InputError) else f'{type(e).__name__} {e}'}"
         if left_out is None:
             raise (e if type(e) is InputError else InputError(" ".join(f"{what}; {mend}".split()))) from None
@@ -60,8 +59,8 @@ def split_words(text):
 
 def _plain(word):
     """Lower case without accents; letter by letter as BERT does, so no final sigma."""
-    letters = word if word.isascii() else unicodedata.normalize("NFD", "".join(c.lower() for c in word))
-    return word.lower() if word.isascii() else "".join(c for c in letters if unicodedata.category(c) != "Mn")
+    letters = unicodedata.normalize("NFD", "".join(c.lower() for c in word))
+    return "".join(c for c in letters if c.isascii() or unicodedata.category(c) != "Mn")
 
 class WordPiece:
     """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
@@ -118,10 +117,10 @@ def _record(feature_size):
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
 
-    items: iterator of (name, features (R,F), boxes (R,4) x1 y1 x2 y2 in 0..1), or a function from the names stored
-    already to such an iterator. source: JSON-able description of where the features came from. The file takes its name
-    only when complete; a killed conversion goes on behind the last image in its log. After the records come a JSON
-    header (source; per image name, count of regions, CRC-32, feature size, end), its length, a magic word."""
+    items: iterator of (name, features (R,F), boxes (R,4) x1 y1 x2 y2 in 0..1), or a function that makes one, given what
+    is stored already (a dict by name). source: JSON-able description of where the features came from. The file takes
+    its name only when complete; a killed conversion goes on behind the last image in its log. After the records come
+    a JSON header (source; of each image name, region count, CRC-32, feature size, end), its length, a magic word."""
     part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}     # rows: name -> [count, CRC-32, size, end]
     if part.exists() and log.exists():
         logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]       # whole lines
@@ -131,7 +130,7 @@ def write_regions(path, items, source):
     with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8") as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
         lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
-        for name, features, boxes in items(set(rows)) if callable(items) else items:
+        for name, features, boxes in items(rows) if callable(items) else items:
             if name in rows:
                 continue
             records = np.empty(len(features), _record(features.shape[1]))
@@ -192,10 +191,12 @@ class Regions:
         return features, boxes, mask
 
 # ---------------------------------------------------------------- data set, splits, batches
+NAME = re.compile(r"(.*[/\\])?((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?(?P<stem>.*?)"
+                  r"(\.(jpe?g|png|np[yz]))?", re.DOTALL)
+
 def image_key(name):
     """What two names of one picture share: COCO_val2014_000000391895.jpg, coco_val2014_...npz and 391895 are 391895."""
-    stem = re.sub(r"\.(jpe?g|png|np[yz])$", "", re.split(r"[/\\]", str(name).lower())[-1])
-    stem = re.sub(r"^((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)", "", stem)
+    stem = NAME.fullmatch(str(name).lower())["stem"]
     return str(int(stem)) if stem.isdecimal() else stem
 
 @dataclass
@@ -280,7 +281,7 @@ def _tsv_row(columns):
     count, arrays = int(row["num_boxes"]), {"size": (int(row["w"]), int(row["h"]))}
     for name, width in (("boxes", 4), ("features", 0), ("objects_conf", 1)):
         if name in row:
-            data = binascii.a2b_base64(row[name] + b"==")         # so that a cut-off field is too short
+            data = binascii.a2b_base64(row[name] + b"==")       # a field that is cut off is then too short
             if count < 1 or not data or len(data) % (4 * count) or width and len(data) != 4 * count * width:
                 raise ValueError(f"{name} has {len(data):,} bytes, not as many as num_boxes {count} needs")
             arrays[name.split("_")[-1]] = np.frombuffer(data, np.float32).reshape((count, -1) if width != 1 else -1)

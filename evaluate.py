@@ -57,11 +57,11 @@ def fold_metrics(scores, image_of_caption, folds=5):
 
 @contextlib.contextmanager
 def inference(model, device, dtype=torch.float32):
-    """Eval mode without gradient, under autocast for bfloat16; the mode it found comes back."""
+    """Eval mode, autocast for bfloat16, no gradient; not torch.inference_mode, since training goes on with what is mined."""
     training, device_type = model.training, torch.device(device).type
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             yield
     finally:
         model.train(training)
@@ -203,8 +203,8 @@ def run_probe(path, model, data, split, **options):
     "pairwise", the share of true captions that score above their false ones. FOIL also: word_metrics on the false ones
     that have as many word pieces as the true, "same_length" of them. RoCOCO [{image, caption: [true .., 5 altered]}]:
     text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery. All in percent.
-    Also "items" used, "total", "held_out" = items with an image of this split. The file's name precedes every key.
-    options: device, dtype, score_batch.  Raises InputError for any other file.
+    Also "items" used, "total", "held_out" (with an image of this split). The file's name precedes every key. options:
+    device, dtype, score_batch.  Raises InputError for any other file.
     """
     try:
         items = json.loads(Path(path).read_bytes())
@@ -213,7 +213,7 @@ def run_probe(path, model, data, split, **options):
             isinstance(item.get(field), kind) and (kind is str or len(item[field]) > 5)
             for item in items for field, kind in fields.items()))
     except (OSError, ValueError, TypeError, AttributeError, StopIteration) as error:
-        raise InputError(f"{path}: give a file of SugarCrepe, VALSE's FOIL or RoCOCO ({error or 'unlike'})") from None
+        raise InputError(f"{path}: no file of SugarCrepe, VALSE's FOIL or RoCOCO ({str(error) or 'unlike'})") from None
     (where, *fields), pad = PROBES[probe], data.tokenizer.pad_id
     found = [(item, row) for item in items if (row := data.regions.row(item[where])) is not None]
     names, rows, here = [item[where] for item, _ in found], [row for _, row in found], data.splits[split].rows
@@ -240,13 +240,13 @@ def run_probe(path, model, data, split, **options):
     return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
 
 
-def _precision(line, right):
-    """mAP@R (mean over ranks up to R of the precision where they hold a positive, else 0), R-Precision and R@1 of one
-    query with scores `line` (G,) and positives at `right` (R,) -> (3,). Ties count against it."""
+def _precision(line, right, r):
+    """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
+    query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
     own, nth = line[right].sort(descending=True).values, torch.arange(1, len(right) + 1)
-    wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)            # (R,) ahead of each positive
-    hit = (wrong + nth <= len(right)).double()
-    return torch.stack(((hit * nth / (wrong + nth)).mean(), hit.mean(), (wrong[0] == 0).double()))
+    wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)            # ahead of each positive
+    hit = (wrong + nth <= r).double()
+    return torch.stack(((hit * nth / (wrong + nth)).sum() / r, hit.sum() / r, (wrong[0] == 0).double()))
 
 
 def eccv_metrics(scores, data, split, folder):
@@ -271,9 +271,9 @@ def eccv_metrics(scores, data, split, folder):
                                                     ("ir", "caption_to_image", row, column, scores)):
             file, found = folder / f"{name}_{asked}.json", []
             for query, positives in (json.loads(file.read_bytes()) if file.is_file() else {}).items():
-                right = torch.tensor([gallery[p] for p in {str(p) for p in positives} if p in gallery])
-                if query in queries and len(right):
-                    found.append(_precision(table[queries[query]], right))
+                right = torch.tensor([gallery[str(p)] for p in set(positives) if str(p) in gallery])
+                if query in queries and len(right):  # as in the official code, R counts all positives of the file
+                    found.append(_precision(table[queries[query]], right, len(set(positives))))
             if found:
                 result |= zip((f"{name}_{way}_{key}" for key in ("map_at_r", "rprecision", "r1", "queries")),
                               [*(100 * torch.stack(found).mean(0)).tolist(), len(found)])
@@ -282,7 +282,7 @@ def eccv_metrics(scores, data, split, folder):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-WIDTH, INK, GREY, ORANGE, BLUE, GREEN = 1000, (35, 38, 45), (125, 128, 135), (204, 80, 0), (0, 105, 190), (0, 130, 80)
+WIDTH, INK, GREY, ORANGE, BLUE, GREEN = 1120, (35, 38, 45), (125, 128, 135), (204, 80, 0), (0, 105, 190), (0, 130, 80)
 LINES, SHADES = [BLUE, ORANGE, (0, 150, 95), (160, 70, 160), (210, 160, 0), GREY], [(240, 244, 250), (250, 246, 238)]
 
 
@@ -305,8 +305,7 @@ def _flow(pen, left, top, words, styles={}):
     return y + (44 if styles else 28)
 
 
-def _stack(path, strips):
-    """Saves strips one below the other, a thin rule between them."""
+def _stack(path, strips):  # one below the other, a thin rule between them
     whole, y = Image.new("RGB", (WIDTH, sum(strip.height + 1 for strip in strips)), (222, 224, 228)), 0
     for strip in strips:
         whole.paste(strip, (0, y))
@@ -368,32 +367,32 @@ PANELS = {"losses (log)": ("itm", "hard", "mlm", "tags", "wod", "woc"),
 
 def draw_curves(path, rows):
     """The PANELS over the steps of a log, the phases shaded. rows: dicts, as csv.DictReader reads them from log.csv."""
-    steps, strips, (left, right, top, bottom) = [float(row["step"]) for row in rows], [], (70, 800, 34, 236)
-    phase_ends = {row["phase"]: step for step, row in zip(steps, rows)}
-
-    def across(step):
-        return left + (right - left) * step / max(steps + [1])
+    steps, strips, (left, right, top, bottom) = [float(row["step"]) for row in rows], [], (70, WIDTH - 170, 34, 236)
+    phase_ends, width = {row["phase"]: step for step, row in zip(steps, rows)}, (right - left) / max(steps + [1])
     for title, columns in PANELS.items():
         strip, log, curves = Image.new("RGB", (WIDTH, 270), "white"), title.endswith("(log)"), {}
         pen = ImageDraw.Draw(strip)
         for column in columns:
             points = [(s, float(row[column])) for s, row in zip(steps, rows) if row.get(column) not in (None, "")]
-            curves[column] = [(s, math.log10(max(v, 1e-4)) if log else v) for s, v in points if math.isfinite(v)]
-        values = [v for points in curves.values() for _, v in points] or [1.0]
+            points = [(s, math.log10(max(v, 1e-4)) if log else v) for s, v in points if math.isfinite(v)]
+            curves.update({column: points} if points else {})
+        values = [v for points in curves.values() for _, v in points]
+        if not values:
+            continue
         unit = 1 if log else 10 ** math.floor(math.log10(max(*values, 1e-3)))
         low, high = math.floor(min(values)) if log else 0, math.ceil(max(values) / unit + 1e-9) * unit
-        for shade, (begin, (phase, end)) in enumerate(zip([0, *phase_ends.values()], phase_ends.items())):
-            pen.rectangle((across(begin), top, across(end), bottom), SHADES[shade % 2])
-            _write(pen, across(begin) + 4, top + 2, phase, GREY, 13)
+        for k, (begin, (phase, end)) in enumerate(zip([0, *phase_ends.values()], phase_ends.items())):
+            pen.rectangle((left + width * begin, top, left + width * end, bottom), SHADES[k % 2])
+            _write(pen, left + width * begin + 4, top + 2, phase, GREY, 13)
         for tick in range(low, high + 1) if log else np.linspace(low, high, 5):
             y = bottom - (bottom - top) * (tick - low) / (high - low)
             pen.line((left, y, right, y), (218, 220, 224))
             _write(pen, left - 8, y, f"{10.0 ** tick if log else tick:.4g}", GREY, 13, "rm")
         for tick in np.linspace(0, max(steps + [1]), 5):
-            _write(pen, across(tick), bottom + 6, f"{tick:.0f}", GREY, 13, "ma")
+            _write(pen, left + width * tick, bottom + 6, f"{tick:.0f}", GREY, 13, "ma")
         _write(pen, left, 8, title, size=16)
-        for k, (column, points) in enumerate((name, points) for name, points in curves.items() if points):
-            line = [(across(s), bottom - (bottom - top) * (v - low) / (high - low)) for s, v in points]
+        for k, (column, points) in enumerate(curves.items()):
+            line = [(left + width * s, bottom - (bottom - top) * (v - low) / (high - low)) for s, v in points]
             pen.line(line, LINES[k % len(LINES)], 2, joint="curve")
             _write(pen, right + 14, top + 18 * k, column, LINES[k % len(LINES)], 15)
         strips.append(strip)

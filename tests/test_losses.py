@@ -1,0 +1,202 @@
+"""The terms of the objective against closed forms worked out by hand."""
+import math
+
+import pytest
+import torch
+
+import losses
+
+
+def leaf(values):
+    return torch.tensor(values, requires_grad=True)
+
+
+def approx(values, tolerance=1e-6):
+    return pytest.approx(values, abs=tolerance)
+
+
+# ---- triplet
+
+
+def test_triplet_loss_and_its_gradient_by_hand():
+    """Hinges 0.2 + n - p: row 0 has 0.3 and an inactive one, row 1 has 0.1 and 0.6; their mean is 0.25."""
+    positive, negatives = leaf([0.5, 0.7]), leaf([[0.6, 0.1], [0.6, 1.1]])
+    loss = losses.triplet_loss(positive, negatives, 0.2)
+    assert loss.shape == () and loss.item() == approx(0.25)
+    loss.backward()
+    assert negatives.grad.flatten().tolist() == approx([0.25, 0.0, 0.25, 0.25])
+    assert positive.grad.tolist() == approx([-0.25, -0.5])
+
+
+def test_triplet_loss_wants_the_positive_above_the_negative_by_the_margin():
+    def loss(p, n, **options):
+        return losses.triplet_loss(torch.tensor([p]), torch.tensor([[n]]), **options).item()
+    assert loss(0.9, 0.1) == 0.0
+    assert loss(0.1, 0.9) == approx(1.0)
+    assert loss(0.5, 0.5) == approx(0.2), "the default margin is 0.2"
+    assert loss(0.5, 0.5, margin=0.35) == approx(0.35)
+
+
+def test_triplet_loss_averages_over_the_usable_negatives_of_the_whole_batch():
+    """Two of three negatives of row 0, one of row 1: divided by 3, neither by 6 nor row by row."""
+    valid = torch.tensor([[True, True, False], [False, False, True]])
+    negatives = leaf([[0.5, 0.6, 0.9], [0.9, 0.9, 0.8]])
+    positive = leaf([0.5, 0.5])
+    loss = losses.triplet_loss(positive, negatives, 0.2, valid)
+    assert loss.item() == approx((0.2 + 0.3 + 0.5) / 3)
+    loss.backward()
+    assert torch.equal(negatives.grad != 0, valid)
+    assert positive.grad.tolist() == approx([-2 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize("junk", [0.9, float("inf"), float("nan")])
+def test_a_pair_without_negatives_contributes_nothing(junk):
+    """Whatever its unusable scores are: no value, no gradient, no NaN. The other pair counts as if alone."""
+    positive, negatives = leaf([0.3, 0.5]), leaf([[junk, junk], [0.4, 0.6]])
+    valid = torch.tensor([[False, False], [True, True]])
+    loss = losses.triplet_loss(positive, negatives, 0.2, valid)
+    assert loss.item() == approx(losses.triplet_loss(positive[1:], negatives[1:], 0.2).item()) == approx(0.2)
+    loss.backward()
+    assert positive.grad.tolist() == approx([0.0, -1.0])
+    assert negatives.grad.flatten().tolist() == approx([0.0, 0.0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("h", [0, 2])
+def test_a_batch_without_any_negative_has_loss_zero_and_gradient_zero(h):
+    positive, negatives = leaf([0.3, 0.5]), torch.full((2, h), 0.9, requires_grad=True)
+    loss = losses.triplet_loss(positive, negatives, 0.2, torch.zeros(2, h, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0 and positive.grad.tolist() == [0.0, 0.0] and not negatives.grad.any()
+
+
+@pytest.mark.parametrize("shapes", [((2, 1), (2, 3)), ((2,), (3, 2)), ((3,), (3,))])
+def test_triplet_loss_refuses_shapes_that_would_broadcast(shapes):
+    with pytest.raises(ValueError, match="positive must be"):
+        losses.triplet_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+# ---- matching
+
+
+def test_matching_loss_and_its_gradient_by_hand():
+    """One true pair with probability 1/4, one false pair with 1/2: (log 4 + log 2) / 2; gradient (p - y) / 2."""
+    logits = leaf([-math.log(3), 0.0])
+    loss = losses.matching_loss(logits, torch.tensor([1.0, 0.0]))
+    assert loss.item() == approx((math.log(4) + math.log(2)) / 2)
+    loss.backward()
+    assert logits.grad.tolist() == approx([(0.25 - 1) / 2, 0.5 / 2])
+
+
+# ---- masked words
+
+
+def word_case(b=2, t=4, v=5):
+    torch.manual_seed(0)
+    return torch.randn(b, t, v, requires_grad=True), torch.tensor([[-1, 2, -1, 0], [4, -1, -1, -1]])
+
+
+def mean_over_labels(logits, labels):
+    """The plain loop: -log softmax at every label, averaged; and its gradient (softmax - one-hot) / number of labels."""
+    total, count, slope = 0.0, int((labels >= 0).sum()), torch.zeros_like(logits)
+    for index in (labels >= 0).nonzero().tolist():
+        row, label = logits.detach()[tuple(index)], labels[tuple(index)].item()
+        p = row.exp() / row.exp().sum()
+        total -= math.log(p[label]) / count
+        slope[tuple(index)] = p / count
+        slope[tuple(index)][label] -= 1 / count
+    return total, slope
+
+
+@pytest.mark.parametrize("loss", [losses.masked_lm_loss, losses.word_correction_loss])
+def test_word_losses_count_labelled_positions_alone(loss):
+    """The label -1 is ignored, 0 is a word like any other, and the mean is over the labels."""
+    logits, labels = word_case()
+    value, slope = mean_over_labels(logits, labels)
+    assert loss(logits, labels).item() == approx(value)
+    loss(logits, labels).backward()
+    assert (logits.grad - slope).abs().max() < 1e-6
+    assert not logits.grad[labels < 0].any()
+
+
+@pytest.mark.parametrize("loss", [losses.masked_lm_loss, losses.word_correction_loss])
+def test_word_losses_take_selected_logits_as_well(loss):
+    logits, labels = word_case()
+    picked = labels >= 0
+    assert loss(logits[picked], labels[picked]).item() == approx(loss(logits, labels).item())
+
+
+@pytest.mark.parametrize("loss", [losses.masked_lm_loss, losses.word_correction_loss])
+@pytest.mark.parametrize("shape", [(2, 4), (0,)])
+def test_word_losses_without_any_label_are_zero_with_zero_gradient(loss, shape):
+    logits = torch.randn(*shape, 5, requires_grad=True)
+    value = loss(logits, torch.full(shape, -1))
+    value.backward()
+    assert value.item() == 0.0 and not logits.grad.any()
+
+
+def test_word_correction_is_floored_at_1e_10_without_gradient_below():
+    """A hopeless word costs -log(1e-10) = 23.02585 and no more; the word beside it learns as ever."""
+    logits, labels = leaf([[40.0, 0.0], [0.0, 0.0]]), torch.tensor([1, 1])
+    loss = losses.word_correction_loss(logits, labels)
+    assert loss.item() == approx((23.02585 + math.log(2)) / 2, 1e-5)
+    loss.backward()
+    assert logits.grad.flatten().tolist() == approx([0.0, 0.0, 0.25, -0.25])
+
+
+# ---- word discrimination
+
+
+def test_word_discrimination_and_its_gradient_by_hand():
+    """Every p is 1/2 but one: replaced words weigh 1, original ones 0.11, divided by the number of real positions (3)."""
+    logits = torch.zeros(1, 4, 2)
+    logits[0, 1, 1] = math.log(3)  # an original word: p(original) = 3/4
+    logits.requires_grad_()
+    replaced, text_mask = torch.tensor([[False, False, True, True]]), torch.tensor([[True, True, True, False]])
+    loss = losses.word_discrimination_loss(logits, replaced, text_mask)
+    assert loss.item() == approx((0.11 * math.log(2) + 0.11 * math.log(4 / 3) + math.log(2)) / 3)
+    loss.backward()
+    assert (3 * logits.grad).flatten().tolist() == approx([0.055, -0.055, 0.0275, -0.0275, -0.5, 0.5, 0.0, 0.0])
+
+
+def test_word_discrimination_weight_and_classes():
+    """Class 1 = original, class 0 = replaced; the weight falls on original words alone."""
+    logits, mask = torch.tensor([[[2.0, -1.0]]]), torch.ones(1, 1, dtype=torch.bool)
+    original, replaced = torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
+    wrong, right = math.log(1 + math.exp(3)), math.log(1 + math.exp(-3))
+    assert losses.word_discrimination_loss(logits, original, mask).item() == approx(0.11 * wrong)
+    assert losses.word_discrimination_loss(logits, original, mask, original_weight=0.5).item() == approx(0.5 * wrong)
+    assert losses.word_discrimination_loss(logits, replaced, mask, original_weight=0.5).item() == approx(right)
+
+
+def test_word_discrimination_ignores_padding_and_survives_sentences_of_padding_alone():
+    torch.manual_seed(0)
+    logits, replaced = torch.randn(2, 3, 2, requires_grad=True), torch.tensor([[False, True, True], [True, False, True]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])  # row 1: a pair that ran out of negatives
+    loss = losses.word_discrimination_loss(logits, replaced, mask)
+    assert loss.item() == approx(losses.word_discrimination_loss(logits[:1, :2], replaced[:1, :2], mask[:1, :2]).item())
+    loss.backward()
+    assert torch.equal(logits.grad.abs().sum(2) > 0, mask)
+    nothing = losses.word_discrimination_loss(logits, replaced, torch.zeros_like(mask))
+    assert nothing.item() == 0.0 and not torch.autograd.grad(nothing, logits)[0].any()
+
+
+def test_word_discrimination_is_floored_at_1e_10_without_gradient_below():
+    logits = leaf([[[40.0, 0.0], [0.0, 40.0]]])  # an original and a replaced word, both taken for the other beyond doubt
+    loss = losses.word_discrimination_loss(logits, torch.tensor([[False, True]]), torch.ones(1, 2, dtype=torch.bool))
+    assert loss.item() == approx(1.11 * 23.02585 / 2, 1e-5)
+    loss.backward()
+    assert not logits.grad.any()
+
+
+# ---- all of them
+
+
+def test_bfloat16_scores_are_averaged_in_float32():
+    """In bfloat16 a sum of 4,096 hinges would stick at a few digits."""
+    positive, negatives = torch.zeros(1, dtype=torch.bfloat16), torch.full((1, 4096), 0.5, dtype=torch.bfloat16)
+    logits = torch.zeros(4096, 3, dtype=torch.bfloat16)
+    labels = torch.zeros(4096, dtype=torch.long)
+    assert losses.triplet_loss(positive, negatives).item() == approx(0.7)
+    assert losses.masked_lm_loss(logits, labels).item() == approx(math.log(3), 1e-5)
+    assert losses.word_correction_loss(logits, labels).item() == approx(math.log(3), 1e-5)
+    assert losses.word_discrimination_loss(logits[None, :, :2], labels[None] > 0, labels[None] == 0).item() == approx(0.11 * math.log(2), 1e-5)

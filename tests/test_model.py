@@ -1,0 +1,347 @@
+"""The encoder and its heads: masks, positions, batching, the tie to the word embeddings, gradients."""
+import pytest
+import torch
+
+from losses import triplet_loss
+from model import Config, TagsDC
+
+TEXT_LENGTHS, REGION_COUNTS = (5, 3, 6), (2, 4, 1)
+SIZES = dict(vocab_size=40, feature_size=6, hidden=16, layers=3, heads=2, intermediate=24, max_positions=12)
+
+
+def make_model(dropout=0.0):
+    """A model all of whose parameters matter: biases and LayerNorms are not left at their initial 0 and 1."""
+    torch.manual_seed(0)
+    model = TagsDC(Config(**SIZES, dropout=dropout))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def make_batch(seed=0):
+    """Three pairs of different lengths; what lies in the padding is random, not zero."""
+    rng = torch.Generator().manual_seed(seed)
+    b, t, r = len(TEXT_LENGTHS), max(TEXT_LENGTHS), max(REGION_COUNTS)
+    return (torch.randint(1, 40, (b, t), generator=rng), torch.randn(b, r, 6, generator=rng), torch.rand(b, r, 7, generator=rng),
+            torch.arange(t) < torch.tensor(TEXT_LENGTHS)[:, None], torch.arange(r) < torch.tensor(REGION_COUNTS)[:, None])
+
+
+def one_pair(batch, i, extra_text=0, extra_regions=0):
+    """Pair i as a batch of its own, cut to its lengths or followed by `extra` positions of padding noise."""
+    ids, features, boxes, text_mask, region_mask = (x[i:i + 1] for x in batch)
+    t, r = TEXT_LENGTHS[i], REGION_COUNTS[i]
+    return (torch.cat((ids[:, :t], torch.full((1, extra_text), 7)), 1),
+            torch.cat((features[:, :r], 9 * torch.ones(1, extra_regions, 6)), 1),
+            torch.cat((boxes[:, :r], torch.ones(1, extra_regions, 7)), 1),
+            torch.arange(t + extra_text)[None] < t, torch.arange(r + extra_regions)[None] < r)
+
+
+def real_rows(hidden, batch):
+    return hidden[torch.cat(batch[3:], 1)]
+
+
+def close(a, b, tolerance=1e-5):
+    return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
+
+
+# ---- shapes and sizes
+
+
+def test_shapes_of_the_encoder_and_its_heads(model):
+    batch = make_batch()
+    hidden = model(*batch)
+    assert hidden.shape == (3, 6 + 4, 16)
+    assert model.match(hidden).shape == (3,)
+    assert model.fill(hidden[:, :6]).shape == model.correct(hidden[:, :6]).shape == (3, 6, 40)
+    assert model.discriminate(hidden[:, :6]).shape == (3, 6, 2)
+
+
+def test_presets_base_and_large_are_uniter():
+    base, large = (Config.preset(name, vocab_size=28996) for name in ("base", "large"))
+    assert (base.hidden, base.layers, base.heads, base.intermediate) == (768, 12, 12, 3072)
+    assert (large.hidden, large.layers, large.heads, large.intermediate) == (1024, 24, 16, 4096)
+    assert base.feature_size == large.feature_size == 2048 and base.max_positions == large.max_positions == 512
+    assert Config.preset("tiny", vocab_size=9, hidden=64).hidden == 64
+
+
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="enormous"):
+        Config.preset("enormous", vocab_size=9)
+    with pytest.raises(ValueError, match="16.*3"):
+        TagsDC(Config(**{**SIZES, "heads": 3}))
+
+
+def test_a_text_longer_than_the_position_table_is_refused(model):
+    ids, features, boxes, _, _ = make_batch()
+    with pytest.raises(ValueError, match="13 text positions"):
+        model(torch.ones(3, 13, dtype=torch.long), features, boxes, None, None)
+
+
+# ---- masks and batches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["words", "features", "boxes"])
+def test_what_lies_in_the_padding_has_no_influence(model, what):
+    batch = ids, features, boxes, text_mask, region_mask = make_batch()
+    noise = torch.Generator().manual_seed(1)
+    changed = {
+        "words": (torch.where(text_mask, ids, torch.randint(40, ids.shape, generator=noise)), features, boxes),
+        "features": (ids, torch.where(region_mask[..., None], features, 50 * torch.randn(features.shape, generator=noise)), boxes),
+        "boxes": (ids, features, torch.where(region_mask[..., None], boxes, 50 * torch.rand(boxes.shape, generator=noise)))}[what]
+    before, after = model(*batch), model(*changed, text_mask, region_mask)
+    assert not torch.equal(before, after), "the padding was not changed at all"
+    assert close(real_rows(before, batch), real_rows(after, batch))
+    assert close(model.match(before), model.match(after))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("extra", [(0, 0), (3, 0), (0, 5), (4, 2)])
+def test_a_pair_scores_the_same_alone_padded_and_in_a_batch(model, extra):
+    batch = make_batch()
+    together = model.match(model(*batch))
+    alone = torch.cat([model.match(model(*one_pair(batch, i, *extra))) for i in range(3)])
+    assert close(together, alone)
+
+
+@torch.no_grad()
+def test_the_order_of_a_batch_does_not_matter(model):
+    batch, order = make_batch(), torch.tensor([2, 0, 1])
+    assert close(model(*batch)[order], model(*(x[order] for x in batch)))
+
+
+@torch.no_grad()
+def test_a_batch_of_two_equals_two_of_one_and_an_empty_one_is_empty(model):
+    batch = make_batch()
+    two = model(*(x[:2] for x in batch))
+    assert close(two, torch.cat([model(*(x[i:i + 1] for x in batch)) for i in range(2)]))
+    none = model(*(x[:0] for x in batch))
+    assert none.shape == (0, 10, 16) and model.match(none).shape == (0,)
+
+
+@torch.no_grad()
+def test_no_mask_means_that_everything_is_real(model):
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    everything = torch.ones_like(text_mask), torch.ones_like(region_mask)
+    full = model(ids, features, boxes, *everything)
+    assert close(full, model(ids, features, boxes, None, None))
+    assert close(full, model(ids, features, boxes, everything[0], None))
+    half = model(ids, features, boxes, None, region_mask)
+    assert close(half, model(ids, features, boxes, everything[0], region_mask))
+    assert not close(half, full), "a region mask beside a missing text mask was forgotten"
+
+
+# ---- what the encoder is told about places
+
+
+@torch.no_grad()
+def test_regions_have_no_order_but_words_have(model):
+    ids, features, boxes, _, _ = make_batch()
+    hidden = model(ids, features, boxes, None, None)
+    turned = model(ids, features.flip(1), boxes.flip(1), None, None)
+    assert close(hidden[:, :6], turned[:, :6]) and close(hidden[:, 6:], turned[:, 6:].flip(1))
+    swapped = ids[:, [0, 2, 1, 3, 4, 5]]
+    assert not close(model.match(hidden), model.match(model(swapped, features, boxes, None, None)), 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("coordinate", range(7))
+def test_every_box_coordinate_matters(model, coordinate):
+    ids, features, boxes, text_mask, region_mask = batch = make_batch()
+    moved = boxes.clone()
+    moved[:, 0, coordinate] += 0.5
+    change = model.match(model(ids, features, moved, text_mask, region_mask)) - model.match(model(*batch))
+    assert (change.abs() > 1e-4).all()
+
+
+@torch.no_grad()
+def test_boxes_and_features_of_two_regions_belong_together(model):
+    ids, features, boxes, _, _ = make_batch()
+    mixed = model.match(model(ids, features, boxes[:, [1, 0, 2, 3]], None, None))
+    assert not close(mixed, model.match(model(ids, features, boxes, None, None)), 1e-3)
+
+
+@torch.no_grad()
+def test_every_real_word_and_region_reaches_the_score_whatever_else_is_in_the_batch(model):
+    """Fault of the release: the image offset was the last caption's length, so that pairs lost most of their regions."""
+    batch = make_batch()
+    for order in ([0, 1, 2], [1, 2, 0]):  # the last caption is now the longest, now not
+        ids, features, boxes, text_mask, region_mask = (x[order] for x in batch)
+        scores = model.match(model(ids, features, boxes, text_mask, region_mask))
+        for j in range(4):
+            altered = features.clone()
+            altered[:, j] += 1
+            change = (model.match(model(ids, altered, boxes, text_mask, region_mask)) - scores).abs()
+            assert ((change > 1e-4) == region_mask[:, j]).all()
+        for j in range(6):
+            altered = ids.clone()
+            altered[:, j] = altered[:, j] % 39 + 1
+            change = (model.match(model(altered, features, boxes, text_mask, region_mask)) - scores).abs()
+            assert ((change > 1e-4) == text_mask[:, j]).all()
+
+
+# ---- heads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["fill", "correct"])
+def test_word_heads_are_tied_to_the_word_embeddings(head):
+    """Moving the embedding of a word moves the logit of that word in both heads, and no other logit."""
+    model, hidden = make_model(), torch.randn(5, 16)
+    logits, other = getattr(model, head), {"fill": "correct", "correct": "fill"}[head]
+    before = logits(hidden)
+    model.text.word.weight[11] += 1.0
+    moved = (logits(hidden) - before).abs() > 1e-4
+    assert moved[:, 11].all() and not moved[:, torch.arange(40) != 11].any()
+    assert not close(logits(hidden), getattr(model, other)(hidden), 0.1), "the two heads are one"
+
+
+@pytest.mark.parametrize("head", ["fill", "correct"])
+def test_word_heads_send_their_gradient_to_the_word_embeddings(head):
+    model = make_model()
+    getattr(model, head)(torch.randn(5, 16))[:, 11].sum().backward()
+    rows = model.text.word.weight.grad.abs().sum(1) > 0
+    assert rows.nonzero().flatten().tolist() == [11]
+
+
+def test_every_parameter_takes_part():
+    """All four heads together leave no parameter of the model without a gradient."""
+    model = make_model()
+    hidden = model(*make_batch())
+    words = hidden[:, :6]
+    loss = (model.match(hidden).sum() + model.fill(words).pow(2).sum() + model.correct(words).pow(2).sum()
+            + model.discriminate(words).pow(2).sum())
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6] == []
+
+
+# ---- the fast path
+
+
+def pair_index():
+    return torch.tensor([0, 0, 2, 1, 2, 2, 0]), torch.tensor([0, 2, 1, 1, 2, 0, 0])
+
+
+def scored_both_ways(model, masked, batch_size=None):
+    """The same seven pairs by score_pairs and by match(forward(...))."""
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    text_mask, region_mask = (text_mask, region_mask) if masked else (None, None)
+    t, i = pair_index()
+    fast = model.score_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i, batch_size)
+    plain = model.match(model(ids[t], features[i], boxes[i], *((text_mask[t], region_mask[i]) if masked else (None, None))))
+    return fast, plain
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_score_pairs_is_match_of_forward_gradients_included(masked, layers):
+    torch.manual_seed(0)
+    model, gradients = TagsDC(Config(**{**SIZES, "layers": layers}, dropout=0.0)), []
+    fast, plain = scored_both_ways(model, masked)
+    assert close(fast, plain)
+    for scores in (fast, plain):
+        model.zero_grad()
+        (scores * torch.arange(1, 8)).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(close(gradients[0][name], gradients[1][name], 1e-4) for name in gradients[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_score_pairs_does_not_depend_on_its_batch_size(model, batch_size):
+    fast, plain = scored_both_ways(model, True, batch_size)
+    assert close(fast, plain)
+
+
+@torch.no_grad()
+def test_encode_pairs_is_forward(model):
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    t, i = pair_index()
+    fast = model.encode_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i)
+    assert close(fast, model(ids[t], features[i], boxes[i], text_mask[t], region_mask[i]))
+
+
+@torch.no_grad()
+def test_prepared_rows_can_be_picked(model):
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    texts, images = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask)
+    order = torch.tensor([2, 1])
+    scores = model.score_pairs(texts[order], torch.arange(2), images[order], torch.arange(2))
+    assert close(scores, model.match(model(*make_batch()))[order])
+
+
+def test_no_pairs_no_scores(model):
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    none = torch.zeros(0, dtype=torch.long)
+    assert model.score_pairs(model.prepare_text(ids, text_mask), none, model.prepare_regions(features, boxes, region_mask), none).shape == (0,)
+
+
+def test_the_positive_is_encoded_like_any_pair():
+    """Fault of the release: the positive row of the synthetic triplet lost its image and all its words, because its attention
+    mask served as gather index. A "negative" that is the caption itself must cost exactly the margin, and have no gradient."""
+    model = make_model()
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    texts, images, row = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask), torch.arange(3)
+    positive = model.score_pairs(texts, row, images, row).sigmoid()
+    copies = row.repeat_interleave(4)
+    negatives = model.match(model.encode_pairs(texts, copies, images, copies)).sigmoid().view(3, 4)
+    loss = triplet_loss(positive, negatives, 0.2)
+    assert loss.item() == pytest.approx(0.2, abs=1e-6)
+    loss.backward()
+    assert max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None) < 1e-5
+
+
+# ---- modes, memory, precision
+
+
+@torch.no_grad()
+def test_dropout_acts_in_train_mode_alone():
+    model, batch = make_model(dropout=0.3), make_batch()
+    without = make_model(dropout=0.0)
+    assert torch.equal(model(*batch), model(*batch)) and close(model(*batch), without(*batch))
+    model.train()
+    assert not close(model(*batch), model(*batch), 1e-2)
+    assert close(without.train()(*batch), without.eval()(*batch))
+
+
+def test_checkpointing_saves_memory_and_changes_no_gradient():
+    gradients, stored = [], []
+    for checkpointing in (False, True):
+        model = make_model(dropout=0.2).train()
+        model.checkpointing = checkpointing
+        torch.manual_seed(1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            scores = model.match(model(*make_batch()))
+        stored.append(sum(kept))
+        scores.sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert stored[1] < stored[0] / 2
+    assert len(gradients[0]) == len(gradients[1]) and all(close(a, b, 1e-6) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_bfloat16_autocast_is_close_and_scores_stay_float32(gradient):
+    """Scores are not rounded to bfloat16, where one in 256 would tie with another; gradients agree to a few percent."""
+    model, gradients = make_model(), []
+    exact = scored_both_ways(model, True)[0]
+    exact.sum().backward()
+    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    with torch.set_grad_enabled(gradient), torch.autocast("cpu", torch.bfloat16):
+        fast, plain = scored_both_ways(model, True)
+    assert fast.dtype == plain.dtype == torch.float32
+    assert close(fast, exact, 0.05) and close(plain, exact, 0.05)
+    assert not torch.equal(fast, exact), "autocast had no effect"
+    assert not torch.equal(fast, fast.bfloat16().float())
+    if gradient:
+        fast.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()

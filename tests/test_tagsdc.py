@@ -1,0 +1,143 @@
+"""The command, end to end, in miniature: what it writes, that it learns, resumes, repeats itself and refuses bad input."""
+import csv
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tagsdc
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--scenes 60 10 10 --steps 12 --batch-size 4 --warmup-batch-size 8 --pool 8 --hard 3 --maskings 2 --refills 3 --val-images 5 "
+         "--analyse-images 4 --log-every 2 --validations 3 --dtype float32 --device cpu --phases warmup=4 tags=4 dc=4").split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run directory that holds a finished small run."""
+    out = tmp_path_factory.mktemp("run")
+    assert tagsdc.main([*SMALL, "--out", str(out), "--save-scores"]) == 0
+    return out
+
+
+def rerun(out, world, *options):
+    """The small run again elsewhere, on the same drawn scenes."""
+    (out / "data").parent.mkdir(exist_ok=True)
+    (out / "data").symlink_to(world / "data")
+    return tagsdc.main([*SMALL, "--out", str(out), *options])
+
+
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def rows(out):
+    with open(out / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_everything_it_promises(world):
+    assert {"log.csv", "metrics.json", "last.pt", "best.pt", "negatives.png", "curves.png", "scores.npy"} <= {p.name for p in world.iterdir()}
+    assert {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"} <= metrics(world)["test"].keys()
+    assert metrics(world)["warmup"]["rsum"] > 0 and metrics(world)["arguments"]["hard"] == 3
+    phases = [row["phase"] for row in rows(world)]
+    assert sorted(set(phases), key=phases.index) == ["warmup", "tags", "dc"]
+    assert not list(world.glob("*.part"))
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(world, tmp_path):
+    rerun(tmp_path / "same", world)
+    rerun(tmp_path / "other", world, "--seed", "1") if False else None
+    assert metrics(tmp_path / "same")["test"] == metrics(world)["test"]
+    assert [r["loss"] for r in rows(tmp_path / "same")] == [r["loss"] for r in rows(world)]
+
+
+def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
+    def kill(self, *_, original=tagsdc.Run.validate):
+        original(self, *_)
+        if self.at["phase"] == 1:
+            self.signal = signal.SIGTERM
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tagsdc.Run, "validate", kill)
+        assert rerun(tmp_path / "cut", world) == 143
+    assert tagsdc.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert metrics(tmp_path / "cut")["test"] == metrics(world)["test"]
+
+
+def test_eval_reproduces_the_final_figures(world, capsys):
+    assert tagsdc.main(["--eval", str(world / "best.pt"), "--dtype", "float32", "--device", "cpu"]) == 0
+    assert f"RSum{metrics(world)['test']['rsum']:44.2f}"[-12:] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option, lost", [("--lambda-tags", "tags"), ("--lambda-mlm", "mlm"), ("--lambda-wod", "wod"), ("--lambda-woc", "woc")])
+def test_a_weight_of_zero_takes_the_term_out_of_the_plan(option, lost):
+    plan = tagsdc.phase_plan(tagsdc.parse_arguments([option, "0"]))
+    assert all(lost not in weights for phase, _, weights, _ in plan if phase != "warmup")
+    assert sum(steps for _, steps, _, _ in plan) == 4000
+
+
+def test_without_synthetic_terms_nothing_is_generated(world, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tagsdc.generate, "refill_masks", lambda *_, original=tagsdc.generate.refill_masks, **__: made.append(1) or original(*_, **__))
+    monkeypatch.setattr(tagsdc, "test_report", lambda *_: ({"rsum": 0.0}, None, None))
+    monkeypatch.setattr(tagsdc, "finish", lambda *_: None)
+    rerun(tmp_path / "base", world, "--lambda-tags", "0", "--lambda-wod", "0", "--lambda-woc", "0")
+    assert not made
+
+
+def test_query_and_image_search(world, capsys):
+    assert tagsdc.main(["--checkpoint", str(world / "best.pt"), "--query", "a small red star above a blue ring"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[0]) for line in lines if line[:2] in ("0.", "1.")]
+    assert len(scores) == 6 and scores == sorted(scores, reverse=True) and (world / "search.png").exists()
+    assert tagsdc.main(["--checkpoint", str(world / "best.pt"), "--image", "scene_test_0003"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line[:2] in ("0.", "1.")]) == 6
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--hard 50 --maskings 2 --refills 3", "--hard 50"), ("--pool 3", "--pool 3"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
+    ("--dropout 1", "--dropout"), ("--phases warmup", "--phases"), ("--query x", "--checkpoint"), ("--size huge", "huge"),
+    ("--eval nothing.pt", "nothing.pt"), ("--data coco --root nowhere", "dataset_coco.json"), ("--init {readme}", "README.md"),
+    ("--device mps", "mps"), ("--resume --out {out}", "last.pt")])
+def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
+    options = options.format(readme=ROOT / "README.md", out=tmp_path / "empty").split()
+    try:
+        code = tagsdc.main([*([] if "--data" in options or "--eval" in options else ["--scenes", "60", "10", "10"]), "--out", str(tmp_path), *options]
+                           if "--out" not in options else options)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and words in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_official_weights_start_a_run(world, tmp_path):
+    model = torch.load(world / "best.pt", weights_only=True)
+    network = tagsdc.TagsDC(tagsdc.Config(**model["config"]))
+    torch.save({k: v for k, v in network.export_uniter().items() if not k.startswith(("rank", "disc"))}, tmp_path / "uniter.pt")
+    assert rerun(tmp_path / "run", world, "--init", str(tmp_path / "uniter.pt"), "--heads", "4") == 0
+    assert [row["phase"] for row in rows(tmp_path / "run")][0] == "tags" and metrics(tmp_path / "run")["warmup"] is None
+
+
+def test_training_learns(world, tmp_path):
+    """The masked-LM loss of a longer warm-up falls well below where it began."""
+    tagsdc.main([*SMALL, "--out", str(world), "--phases", "warmup=1", "--steps", "150", "--log-every", "25", "--val-images", "2",
+                 "--warmup-batch-size", "16", "--out", str(tmp_path)])
+    losses = [float(row["mlm"]) for row in rows(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_ctrl_c_saves_and_exits_with_130(world, tmp_path):
+    (tmp_path / "data").symlink_to(world / "data")
+    command = subprocess.Popen([sys.executable, "tagsdc.py", *SMALL, "--steps", "100000", "--out", str(tmp_path)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in command.stdout:
+        if line.startswith("warmup"):
+            break
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60) == 130 and (tmp_path / "last.pt").exists()
