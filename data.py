@@ -328,13 +328,351 @@ def describe_crops(picture, boxes):
     edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
     return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
 
-
 def _grid_cells(path):
     """No detector: the whole picture and its 4 x 4 cells."""
     with Image.open(path) as picture:
         cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
         boxes = np.concatenate([WHOLE_IMAGE, cells])
         return dict(features=describe_crops(picture.convert("RGB"), boxes), boxes=boxes)
+
+def _entries(form, files, sizes):
+    """-> (name, where it is, function that reads it) of every image in these files."""
+    for path in files:
+        if form in ("npz", "images"):
+            yield path.name, path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
+        elif form == "precomp":                         # no boxes: every region gets the box of the whole image
+            array, names = _precomp(path)
+            for i, name in enumerate(names):
+                yield name, f"{path} image {i}", lambda: dict(
+                    features=np.array(array[i]), boxes=WHOLE_IMAGE.repeat(array.shape[1], 0))
+        else:
+            with open(path, "rb") as rows:
+                for number, line in enumerate(rows, 1):
+                    columns = line.rstrip(b"\r\n").split(b"\t")
+                    name = columns[0].decode(errors="replace")
+                    if name not in ("", "image_id", "img_id"):
+                        yield name, f"{path} row {number} (image {name[:60]})", lambda: _tsv_row(columns)
+
+def check_regions(features, boxes, size=None, conf=None, count=None):
+    """What every image must pass -> features (R,F), boxes (R,4) in 0..1; ValueError says what is wrong.
+
+    size: (width, height) where boxes are in pixels. conf: scores, by which 10 to 100 regions are kept (METHOD 1)."""
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features has shape {features.shape}; (regions, feature size) is expected")
+    for name, array in (("features", features), ("boxes", boxes), ("conf", conf)):
+        if array is not None and len(array) != (len(features) if count is None else count):
+            raise ValueError(f"{name} has {len(array)} regions, features {len(features)}, num_bb says {count}")
+        if array is not None and not np.isfinite(array).all() or np.abs(features).max() > 65504:
+            raise ValueError(f"{name} is not finite in float16")
+    boxes = np.asarray(boxes, np.float32) / (1 if size is None else np.array([*size, *size], np.float32))
+    wrong = (boxes < -0.01).any(1) | (boxes > 1.01).any(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+    if wrong.any():                                     # up to 1% outside is rounding, and is clipped
+        raise ValueError(f"box {wrong.argmax()} is outside its image or inside out: x1 y1 x2 y2 = "
+                         f"{np.round(boxes[wrong.argmax()], 3).tolist()} of width and height")
+    if conf is not None:
+        best = np.sort(np.argsort(-conf, kind="stable")[:min(max(int((conf > 0.2).sum()), 10), 100)])
+        features, boxes = features[best], boxes[best]
+    return features, boxes.clip(0, 1)
+
+def _checked(entries, done, left_out):
+    """_entries -> items for write_regions, each picture once; the bad ones go to left_out if that is a list."""
+    seen, widths = set(map(image_key, done)), {row[2] for row in done.values()}
+    for name, where, read in entries:
+        if image_key(name) not in seen:
+            with _blame(where, left_out):
+                features, boxes = check_regions(**read())
+                if not widths <= {features.shape[1]}:
+                    raise ValueError(f"features are {features.shape[1]} wide, unlike those before ({widths})")
+                seen.add(image_key(name)), widths.add(features.shape[1])
+            if image_key(name) in seen:
+                yield name, features, boxes
+
+# ---------------------------------------------------------------- what lies under a root
+NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip)
+and one of: *.tsv (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of
+*.npz (UNITER's extractor: coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt,
+dev_..., test_...; needs no JSON), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing
+that would do: the JSON and images/ with the pictures that it names""".replace("\n", " ")
+FORMS = {"tsv": (".tsv",), "npz": (".npz",), "precomp": ("_ims.npy",), "images": (".jpg", ".jpeg", ".png")}
+
+def find_features(place, anywhere):
+    """-> (form, files), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or
+    *train2014 and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
+    for form, endings in FORMS.items():
+        found = [f for f in files or [Path(place)] if f.is_file() and f.name.lower().endswith(endings) and (
+            form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", str(f.relative_to(place))))]
+        found = [f for f in found if f.name != "test_ims.npy" or f.with_name("testall_ims.npy") not in found]
+        if form == "precomp" and len({f.parent for f in found}) > 1:
+            raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
+        if found:
+            return form, found
+    return None, []
+
+def read_captions(path, left_out):
+    """Karpathy's JSON -> {split: [(name, COCO id or name, (width, height) or None, first five captions)]}."""
+    splits, seen, images = {"train": [], "val": [], "test": []}, set(), _read(path, json.loads)
+    with _blame(path, mend='Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'):
+        images = list(images["images"])
+    for i, image in enumerate(images):
+        with _blame(f"{path} image {i} ({str(image)[:60]})", left_out):
+            name = str(image["filename"] if "filename" in image else image["cocoid"])
+            for part in (name, str(image.get("filepath", ""))):
+                if re.match(r"[/\\]|\w:", part) or ".." in re.split(r"[/\\]", part):
+                    raise ValueError(f"filename or filepath {part!r} leaves the root; give a name below it")
+            texts = [" ".join((s.get("raw") or " ".join(s["tokens"])).split()) for s in image["sentences"][:5]]
+            split = {"restval": "train", "dev": "val"}.get(image["split"], image["split"])
+            if not texts or not all(texts):
+                raise ValueError("sentences: no caption, or an empty one")
+            if split not in splits or image_key(name) in seen:
+                raise ValueError(f"filename {name} occurs twice" if split in splits else f"split {split!r} is none")
+            seen.add(image_key(name))
+            size = (image["width"], image["height"]) if "width" in image and "height" in image else None
+            splits[split].append((name, image.get("cocoid", name), size, texts))
+    return splits
+
+def read_precomp_captions(paths):
+    """SCAN's *_caps.txt, five lines an image in the order of *_ims.npy -> the same form as read_captions."""
+    splits = {"train": [], "val": [], "test": []}
+    for path in paths:
+        names, caps = _precomp(path)[1], path.with_name(path.name.replace("_ims.npy", "_caps.txt"))
+        texts, split = [" ".join(text.split()) for text in _read(caps)], path.name.split("_")[0]
+        if len(texts) != 5 * len(names) or not all(texts):
+            raise InputError(f"{caps}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of "
+                             f"{path.name}; five captions each are expected")
+        splits[{"dev": "val", "testall": "test"}.get(split, split)] = [
+            (name, name, None, texts[5 * i:5 * i + 5]) for i, name in enumerate(names)]
+    return splits
+
+def read_phrases(path):
+    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
+    The file's tokens may be cut otherwise than our words (can't: ca n't, or can ' t): they are matched by letters."""
+    table, mend = {}, 'entries {"caption", "tokens", "phrases": [{"tokens": [indices]}]} are expected'
+    for i, entry in enumerate(_read(path, json.loads)):
+        with _blame(f"{path} entry {i}", mend=mend):
+            words, tokens = split_words(entry["caption"]), [split_words(token) for token in entry["tokens"]]
+            owner = [t for t, token in enumerate(tokens) for _ in "".join(token)]       # token of each letter
+            ends = np.cumsum([0] + [len(word) for word in words])
+            groups = [set(phrase["tokens"]) for phrase in entry["phrases"]]
+            if len(owner) != ends[-1] or not set().union(*groups) <= set(range(len(tokens))):
+                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
+            table[" ".join(entry["caption"].split())] = words, [
+                [w for w in range(len(words)) if group & set(owner[ends[w]:ends[w + 1]])] for group in groups if group]
+    return table
+
+def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None,
+              store="data", min_count=3, max_text=64):
+    """Whatever form of a data set lies under root -> Data. Raises InputError.
+
+    name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
+    features: file or folder of the region features, if not below root.   phrases: JSON file instead of parse_phrases.
+    tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words
+    seen min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
+    store: folder for the converted features; used again while the source files' names, sizes and times are the same.
+    skip_bad: leave out what cannot be used, and count it in Data.notes."""
+    captions, left_out = Path(name), [] if skip_bad else None
+    root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
+    if captions.suffix != ".json":
+        exact = root / f"dataset_{name}.json"
+        others = sorted(root.glob(f"dataset_{name}*.json")) or sorted(root.glob("dataset_*.json")) or [exact]
+        captions = exact if exact.exists() else others[0]
+    form, files = find_features(features or root, bool(features))
+    scan = form == "precomp" and not (captions.is_file() and all(
+        Path(str(f).replace("_ims.npy", "_names.txt")).exists() for f in files))
+    if not files or not (scan or captions.is_file()):
+        lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
+        raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
+    listed = read_precomp_captions(files) if scan else read_captions(captions, left_out)
+    captions, place = (files[0].parent if scan else captions), files[0].parent
+
+    stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
+    source = {"form": form, "files": len(files), "bytes": sum(size for _, size, _ in stats), "first": str(files[0]),
+              "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
+    target = Path(store) / "regions.bin"
+    if not (target.exists() and Regions(target).source == source):
+        sizes = {image_key(n): size for images in listed.values() for n, _, size, _ in images if size}
+        write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
+    regions = Regions(target)
+    if feature_size not in (None, regions.feature_size):
+        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; "
+                         "name the features that it was trained on with --features")
+
+    table, splits = read_phrases(phrases) if phrases else {}, {}
+    for split, images in listed.items():
+        found = []
+        for image, cocoid, _, texts in images:
+            with _blame(f"{captions} image {image} ({split})", left_out):
+                if regions.row(image, cocoid) is None:
+                    raise ValueError(f"captions without features: no such image in {place}")
+                found.append((image, regions.row(image, cocoid), texts))
+        if found:
+            names, rows, texts = zip(*found)
+            owner = torch.arange(len(found)).repeat_interleave(torch.tensor([len(own) for own in texts]))
+            texts = [text for own in texts for text in own]
+            parsed = [table.get(text) for text in texts] if phrases else None
+            splits[split] = Split(list(names), np.array(rows), texts, owner, parsed)
+    if not splits:
+        raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
+    if tokens is None and (root / "vocab.txt").exists():
+        tokens = _read(root / "vocab.txt")
+    elif tokens is None and "train" not in splits:
+        raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under "
+                         f"{root}, or evaluate a checkpoint, which has its own")
+    tokens = tokens or build_vocabulary(splits["train"].captions, min_count)
+    capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
+    notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
+    if phrases:
+        known = [text in table for split in splits.values() for text in split.captions]
+        notes.append(f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed")
+    if left_out:
+        notes.append(f"left out {len(left_out):,}, the first: {left_out[0]}")
+    return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
+
+# ---------------------------------------------------------------- phrases of a caption
+# Tags: D before a noun, C conjunction, Q pronoun, R adverb, X auxiliary, P preposition, A adjective, N noun that looks
+# like something else, B verb, E past form; * marks verb forms that are as often nouns. Other words go by their ending.
+LEXICON = {word: tag for tag, text in {
+    "D": """a all an another both different each either few half her his its many more most much no other others own
+    same several some someones the their these this those various my our your""",
+    "C": """and as but how if or so that though what when where which while whilst who""",
+    "Q": """he here herself him himself i it itself me nothing she someone something them there they us we you""",
+    "R": """ahead almost also apart away backwards extremely forward indoors just not only outdoors overhead really
+    sideways somewhere still together too upside upward very well yet""",
+    "X": """'re 's n't am are be been being can do does is may was were will would could should did""",
+    "P": """about above across after against along alongside among amongst around at atop before behind below beneath
+    beside besides between by down during for from in inside into like near of off on onto out outside over past through
+    to toward towards under underneath up upon with within without""",
+    "A": """adult airborne alone american antique asian asleep assorted autumn back bald bare bearded beige big black
+    blond blonde blue blurry bottom bright broken brown busy checkered chinese clean clear closed cloudy cold colored
+    concrete crowded curly cute dark dead deep dirty double dry dusty eight elderly empty extra fake fancy fast female
+    first five flat fluffy foggy foreign four french fresh front full funny furry giant gold golden good grassy gray
+    great green grey happy hard healthy heavy high homemade hot huge indoor jumbo large larger leafy left light liquid
+    little lone long low lush male matching medium messy midair middle military mini miniature mixed mobile modern muddy
+    multi multicolored multiple naked narrow navy nearby neat neon new next nice old older one open opposite ornate
+    outdoor pink plain polar polka pretty purple quiet rainy ready red right ripe rocky rough round rusty sandy seated
+    seven shaggy shallow shiny short silver single six skinny small smaller snowy square steep straight strange striped
+    sunny tall tan tasty teenage thin three tidy tiny top two underwater urban vintage warm wet white wide wild wooden
+    worn yellow young""",
+    "N": """animal building ceiling clothing family hospital metal painting picnic railing signal snowboarding table
+    traffic vegetable wedding""",
+    "B": """appear approach attempt balance bat* bend bike* bite* block* blow bow* bowl* break brush* canoe* carry catch
+    chase check climb close* come contain cook corner* cover* craft cross* crouch dance display* drink* drive dust eat
+    enjoy enter eye* face* fall feature* feed fight flip* float fly follow fry gather get give go grab graze grill groom
+    handle* hang have head* help hold include jump* kayak* kick land* lap* lay lean leap leave lie lift like* line* load
+    look* make match* move nap order pack* paddle paint parade* park* pass perform pet photograph pick pile* pitch*
+    place* play* point* pose prepare pull race* raft reach read relax rest* ride* roll row* sail say see seem serve
+    shake share shop* show* sit skate* skateboard* ski* sled sleep slice* slide* smile smoke sniff snowboard* sort
+    speed* splash spray sprinkle stack stand* stare step* stick* stir stop* surf* swim swing* take talk throw tie* touch
+    tour tow trail* train* travel try turn* type* use* view* wait walk* watch* wave* wear work*""",
+    "E": """bent built caught cut* drawn eaten fallen flown frozen heard held hit* hung kept laid lit made put* run*
+    seen set* shot* shown sliced spread* stuck taken thrown tied used written"""}.items()
+    for word in text.split()}
+NOUNLIKE = {word[:-1] for word in LEXICON if word[-1] == "*"}
+LEXICON = {word.rstrip("*"): tag for word, tag in LEXICON.items()}
+# Nouns that make a compound with an -ing word before them: dining room
+HEADS = set("""area bag bench bike board boat bowl cabinet cap cart chair costume court cup desk dish field fountain
+    gear glass ground hat house light lot machine meter outfit pan paper path pole pool rack ring room sheet shirt spoon
+    station stick suit table track trail tray trunk uniform wall""".split())
+PLURAL = set("people men women children kids sheep police cattle two three four both they we you who that".split())
+PARTICLES = set("up down out off over on in about around along through across by back to with at".split())
+FLOATING = {"all", "each", "both", "other", "others", "another", "some", "many"}
+NOUNABLE = set("light top back front side orange male female adult bottom square metal".split())
+COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|"
+                     r"(out|off|ahead) of|(in|out)side of|in between|(in|on) to|because of|away from)\b")
+
+def _stems(word):
+    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
+
+def _first_tag(word):
+    """A word by itself: a tag of LEXICON, or G an -ing form, S an -s form of a verb, . a mark; N what is left."""
+    if word in LEXICON or not any(map(str.isalpha, word)):
+        return LEXICON.get(word, "A" if word.isdigit() else ".")
+    if len(word) > 4 and word.endswith(("ing", "ed")):
+        return "G" if word.endswith("ing") else "E"
+    if any(LEXICON.get(stem) in ("B", "E") for stem in _stems(word)):
+        return "S"
+    adjective = re.search("(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word[2:])
+    return "R" if word.endswith("ly") else "A" if adjective else "N"
+
+def _tags(words):
+    """The same in context: G E B S become V verb, A attribute or N noun; adjectives without a noun become nouns."""
+    tags, finite, plural = [*map(_first_tag, words), ".", "."], False, False
+    for i, word in enumerate(words):
+        before, last = (words[i - 1], tags[i - 1]) if i else ("", "^")
+        first = tag = tags[i]
+        after, back = tags[i + 1], next((t for t in tags[:i][::-1] if t != "R"), "^")        # back: the last no adverb
+        nominal, free = after in "NAGESB", not _stems(word) & NOUNLIKE
+        if word in ("has", "have", "had"):
+            tag = "X" if after == "E" else "V"
+        elif before == "to" and tag in "BE" and words[i - 2] not in ("next", "close"):
+            tag = "V"
+        elif before == "upside" or word == "one" and not nominal:
+            tag = "R"
+        elif tag == "G" and last in "DAP^" and _stems(words[min(i + 1, len(words) - 1)]) & HEADS:
+            tag = "N"
+        elif tag in "GE" and back in "DA" and before not in FLOATING:
+            tag = "A" if nominal else "N" if tag == "G" and last == "D" else "V"
+        elif tag in "GE" and word in NOUNLIKE and (last == "P" or last == "N" and after not in "DPQ"):
+            tag = "N"
+        elif tag in "GE":
+            modifies = back + after == "^N" if tag == "G" else nominal and back in "^PC.V" or (
+                back + after == "NN" and word not in LEXICON)
+            tag = "A" if modifies else "V"
+        elif tag in "SB":
+            relative = before in ("who", "that", "which")
+            subject = back in "NQ" or relative or before in FLOATING or tag == "B" and before in PLURAL
+            agrees = relative or (tag == "B") == plural or free and tag == "S"
+            joined = last == "C" and (free or after in "DPQ") and "V" in tags[:i]
+            tag = "V" if back == "X" or joined or subject and agrees and not finite and (
+                free or after in "DPRQC.X") else "N"
+        elif tag == "A" and (word in NOUNABLE and last == "N" and after not in "NA" or not nominal and (
+                word in NOUNABLE and last == "A" or last in "DP" and word not in PLURAL)):
+            tag = "A" if after + tags[i + 2] == "CA" and (tags + ["."])[i + 3] != "." else "N"
+        elif before == "hot" and word[:3] == "dog":
+            tags[i - 1] = "N"
+        tags[i] = tag
+        finite = tag == "X" or tag == "V" and first in "SB" or finite and tag != "C"
+        plural = word in PLURAL or (word[-1:] == "s" and word[-2:] != "ss" or plural and last in "CA"
+                                    or tags[max(i - 2, 0):i] == ["N", "C"] if tag == "N" else plural)
+    return tags
+
+def parse_phrases(words):
+    """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
+
+    Objects are nouns with the nouns before them; attributes adjectives, numbers and participles, each alone; relations
+    verbs with particle and preposition, and prepositions between objects. Words in no phrase (articles, pronouns,
+    forms of be, adverbs) are never masked.
+    >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
+    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]
+    """
+    low, spans = [], []                                 # words joined by hyphens count as one
+    for i, word in enumerate(w.lower() for w in words):
+        if 0 < i < len(words) - 1 and word == "-" or i > 1 and words[i - 1] == "-":
+            low[-1], spans[-1] = low[-1] + word, [*spans[-1], i]
+        else:
+            low.append(word), spans.append([i])
+    tags = _tags([word.rsplit("-", 1)[-1] or word for word in low])
+    phrases, i = [], 0
+
+    def preposition(j):                                 # how many words, 0 if none
+        several = COMPLEX.match(" ".join(low[j:j + 4]))
+        return len(several[0].split()) if several else tags[j] == "P"
+
+    while i < len(low):
+        j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
+        if preposition(i):
+            following = next(k for k in range(j, len(tags)) if tags[k] not in "DRAC" and low[k:k + 1] != [","])
+            gerund = tags[following] == "V" and low[following].endswith("ing")
+            kind = "relation" if "N" in tags[:i] and (tags[following] == "N" or gerund) else None
+        elif tags[i] == "N":
+            j = next(k for k in range(i, len(tags)) if tags[k] != "N")
+        while tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"] and (
+                tags[j + preposition(j)] in "DANQPG" or low[j] in PARTICLES):
+            j += preposition(j)
+        if kind:
+            phrases.append((kind, [p for span in spans[i:j] for p in span]))
+        i = j
+    return phrases
 
 
 # ---- the embedded world
@@ -654,7 +992,3 @@ def load_scenes(seed, sizes, store):
         splits[split] = Split(names, np.array([store.row(name) for name in names]), [" ".join(words) for words, _ in captions],
                               torch.arange(len(scenes)).repeat_interleave(5), [tuple(caption) for caption in captions], scenes)
     return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), store, splits)
-
-
-def parse_phrases(words):
-    return [("object", [i]) for i in range(len(words))]

@@ -57,7 +57,7 @@ def fold_metrics(scores, image_of_caption, folds=5):
 
 @contextlib.contextmanager
 def inference(model, device, dtype=torch.float32):
-    """Eval mode, autocast for bfloat16, no gradient; not torch.inference_mode, since training goes on with what is mined."""
+    """Eval mode, autocast for bfloat16, no gradient; not torch.inference_mode: training goes on with what is mined."""
     training, device_type = model.training, torch.device(device).type
     model.eval()
     try:
