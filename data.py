@@ -886,7 +886,7 @@ def describes(caption, scene):
 
 # "*" opens a scene-graph phrase and "_" joins its words. a, b, c: objects; n: all objects of a kind; r: a relation from
 # a to b, both: to b and c, s: from a to c, each: from all n to b; v: a verb; on: the background.
-FORMS = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r} {b} {v} {a}", "there is {a} {r} {b}",
+SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r} {b} {v} {a}", "there is {a} {r} {b}",
          "{a} {r} {b} {on}", "{a} and {b} {on}", "there is {a} and {b}", "{a} {both} {b} and {c}", "{n} and {b} {on}",
          "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
          "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
@@ -895,7 +895,7 @@ FORMS = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r
 def draft_caption(rng, scene, pair, detail=0.78):
     """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may
     ask for what the scene has not. detail: how likely an attribute is mentioned."""
-    things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(FORMS)
+    things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
     c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
     if "between" in form:
         a, b, c = rng.choice([ends for name, *ends in scene.facts if name == "between"] or [(a, b, c)])

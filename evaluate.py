@@ -90,8 +90,8 @@ def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_ba
         for _, columns in equal_groups(counts, 1024):
             features, boxes, _ = data.image(split, columns)
             images = model.prepare_regions(features.to(device), boxes.to(device))
-            for length, rows in equal_groups(lengths, 256):
-                texts = model.prepare_text(data.text(split, captions[rows])[:, :length].to(device))
+            for _, rows in equal_groups(lengths, 256):
+                texts = model.prepare_text(data.text(split, captions[rows]).to(device))
                 pairs = torch.arange(len(rows) * len(columns), device=device)
                 logits = model.score_pairs(texts, pairs // len(columns), images, pairs % len(columns), score_batch)
                 scores[rows[:, None], columns] = logits.float().view(len(rows), -1).cpu()  # the only wait for a GPU

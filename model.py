@@ -28,7 +28,7 @@ class Config:
     @classmethod
     def preset(cls, name, **changes):
         """The sizes called `name`, with `changes` laid over them. Raises ValueError for an unknown name."""
-        presets = {"tiny": dict(hidden=128, layers=3, heads=2, intermediate=512, max_positions=64),
+        presets = {"tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
                    "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
                    "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
                    "large": dict(hidden=1024, layers=24, heads=16, intermediate=4096)}

@@ -603,7 +603,7 @@ def search(args, data, model, device, count=6):
         if unknown or not args.query.strip():
             raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
         everything = torch.arange(len(content.images))
-        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(everything), -1)
+        ids = evaluate.own_words(data, [args.query]).text("texts", [0]).expand(len(everything), -1)
         scores = evaluate.score_sentences(model, data, split, ids, everything, **options).sigmoid()
         best = scores.topk(min(count, len(scores))).indices.tolist()
         results = [(picture_of(data, split, i), content.images[i], scores[i].item()) for i in best]

@@ -1,4 +1,4 @@
-"""The modules lie beside this folder; a test of ours needs no more threads than the smallest machine has."""
+"""The modules lie beside this folder. One thread: the tests are so small that a second one only waits for a busy core."""
 import sys
 from pathlib import Path
 

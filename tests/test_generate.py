@@ -1,0 +1,600 @@
+"""The generator of negatives against plain loops: mask, refill, filter, select; with mock callables and with the real model."""
+import inspect
+import itertools
+
+import pytest
+import torch
+
+import generate
+import losses
+from model import Config, TagsDC
+
+PAD, UNK, CLS, SEP, MASK, FIRST, END = 0, 1, 2, 3, 4, 5, 25
+WORDS = (FIRST, END)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sentence(*words, length=None):
+    """[CLS] words [SEP], padded to `length`."""
+    ids = [CLS, *words, SEP]
+    return ids + [PAD] * ((length or len(ids)) - len(ids))
+
+
+def membership(length, *phrases):
+    """(P, T) bool from the word positions of each phrase; [CLS] is position 0."""
+    member = torch.zeros(len(phrases), length, dtype=torch.bool)
+    for row, positions in zip(member, phrases):
+        row[list(positions)] = True
+    return member
+
+
+def mask(input_ids, phrases, maskings=1, seed=0, words=WORDS, **options):
+    return generate.mask_phrases(input_ids, phrases, MASK, words, maskings, generator=seeded(seed), **options)
+
+
+# ---- mask
+
+
+def exact_patterns(phrases, probability):
+    """{set of masked positions: probability}, by a loop over every subset of phrases (METHOD 3.1)."""
+    often = {}
+    for position in itertools.chain(*phrases):
+        often[position] = often.get(position, 0) + 1
+    chance = [sum(probability / often[position] for position in phrase) / len(phrase) for phrase in phrases]
+    patterns = {}
+    for chosen in itertools.product((False, True), repeat=len(phrases)):
+        p = 1.0
+        for is_chosen, c in zip(chosen, chance):
+            p *= c if is_chosen else 1 - c
+        for taken in [chosen] if any(chosen) else [[i == j for j in range(len(phrases))] for i in range(len(phrases))]:
+            pattern = frozenset(x for phrase, taken_too in zip(phrases, taken) if taken_too for x in phrase)
+            patterns[pattern] = patterns.get(pattern, 0.0) + p / (1 if any(chosen) else len(phrases))
+    return patterns
+
+
+def drawn_patterns(phrases, probability, length=8, maskings=40000, pad_phrases=0):
+    input_ids = torch.tensor([sentence(*range(FIRST, FIRST + length - 2))])
+    member = torch.cat((membership(length, *phrases), torch.zeros(pad_phrases, length, dtype=torch.bool)))
+    _, labels = mask(input_ids, member[None], maskings, probability=probability)
+    patterns, counts = (labels[0] >= 0).unique(dim=0, return_counts=True)
+    return {frozenset(row.nonzero().flatten().tolist()): count / maskings for row, count in zip(patterns, counts.tolist())}
+
+
+DISJOINT = [(1,), (2, 3), (4,), (5, 6)]
+OVERLAPPING = [(1, 2, 3), (3,), (3, 4), (5, 6)]  # word 3 lies in three phrases, and one of them is only it
+
+
+def check_patterns(phrases, probability, **options):
+    expected, drawn = exact_patterns(phrases, probability), drawn_patterns(phrases, probability, **options)
+    assert drawn.keys() <= expected.keys(), "a pattern that is no union of phrases"
+    for pattern, p in expected.items():
+        assert drawn.get(pattern, 0.0) == pytest.approx(p, abs=0.01), set(pattern)
+
+
+@pytest.mark.parametrize("phrases, probability", [
+    (DISJOINT, 0.15), (DISJOINT, 0.5), (DISJOINT, 0.001), (DISJOINT, 1.0), (OVERLAPPING, 0.9), ([(2, 3)], 0.15)])
+def test_whole_phrases_are_masked_with_the_probability_of_the_method(phrases, probability):
+    """The frequency of every pattern of masked words agrees with its exact probability."""
+    check_patterns(phrases, probability)
+
+
+def test_a_phrase_drawn_for_want_of_another_is_drawn_uniformly():
+    """Also where the phrases' own probabilities differ: 0.1, 0.05, 0.1 and 0.15, next to 0.1 the overlapping case of above."""
+    check_patterns(OVERLAPPING, 0.5)
+
+
+def test_four_disjoint_phrases_are_each_masked_with_probability_28_percent():
+    drawn = drawn_patterns(DISJOINT, 0.15, pad_phrases=3)  # rows of the membership that hold no phrase do not count
+    for phrase in DISJOINT:
+        assert sum(p for pattern, p in drawn.items() if set(phrase) <= pattern) == pytest.approx(0.15 + 0.85 ** 4 / 4, abs=0.01)
+
+
+def test_every_masking_masks_something_and_phrases_stay_whole():
+    input_ids = torch.tensor([sentence(*range(5, 11)), sentence(*range(11, 15), length=8)])
+    member = torch.stack((membership(8, *DISJOINT), membership(8, (1, 2), (4,), (), ())))
+    _, labels = mask(input_ids, member, 500)
+    masked = labels >= 0
+    assert masked.any(2).all()
+    assert torch.equal(masked[0, :, 2], masked[0, :, 3]) and torch.equal(masked[0, :, 5], masked[0, :, 6])
+    assert torch.equal(masked[1, :, 1], masked[1, :, 2])
+    assert not masked[1, :, 3].any(), "a word in no phrase was masked"
+
+
+@pytest.mark.parametrize("without", ["None", "no rows", "empty rows"])
+def test_without_phrases_every_word_is_its_own(without):
+    ids = torch.tensor([sentence(5, 6, 7, length=7), sentence(8, 9, 10, 11, 12)])
+    phrases = {"None": None, "no rows": torch.zeros(2, 0, 7, dtype=torch.bool), "empty rows": torch.zeros(2, 3, 7, dtype=torch.bool)}
+    _, labels = mask(ids, phrases[without], 20000)
+    for row, words in ((0, 3), (1, 5)):
+        share = (labels[row] >= 0).float().mean(0)
+        expected = 0.15 + 0.85 ** words / words
+        assert share.tolist() == pytest.approx([expected if 0 < j <= words else 0.0 for j in range(7)], abs=0.015)
+
+
+def test_a_caption_without_phrases_beside_one_with():
+    """The one is masked word by word, the other only where its phrase is."""
+    ids = torch.tensor([sentence(5, 6, 7), sentence(8, 9, 10)])
+    _, labels = mask(ids, torch.stack((membership(5), membership(5))) if False else
+                     torch.stack((membership(5, (1, 2)), membership(5, ()))), 300)
+    assert (labels >= 0).any(1).tolist() == [[False, True, True, False, False], [False, True, True, True, False]]
+
+
+def test_masked_words_become_80_percent_mask_10_percent_random_10_percent_kept():
+    ids = torch.tensor([sentence(*range(5, 15))])
+    masked, labels = mask(ids, None, 20000)
+    at = labels >= 0
+    shown, original = masked[at], labels[at]
+    random = (shown != MASK) & (shown != original)
+    n = END - FIRST
+    shares = [(shown == MASK).float().mean(), random.float().mean(), (shown == original).float().mean()]
+    assert [share.item() for share in shares] == pytest.approx([0.8, 0.1 * (n - 1) / n, 0.1 + 0.1 / n], abs=0.01)
+    assert set(shown[random].tolist()) == set(range(FIRST, END)), "random words are all ordinary words and nothing else"
+
+
+def test_labels_hold_the_original_word_where_something_was_masked():
+    ids = torch.tensor([sentence(5, 6, 7, 8, length=8), sentence(9, 10, 11, 12, 13, 14)])
+    masked, labels = mask(ids, None, 200)
+    assert masked.shape == labels.shape == (2, 200, 8)
+    original = ids[:, None].expand_as(labels)
+    assert torch.equal(labels[labels >= 0], original[labels >= 0]) and (labels[labels < 0] == -1).all()
+    assert torch.equal(masked[labels < 0], original[labels < 0])
+
+
+def test_special_tokens_padding_and_unknown_words_are_never_masked():
+    """Not even when a phrase claims them, nor as single words, nor by the fallback; ids at or above the end neither."""
+    ids = torch.tensor([sentence(5, UNK, 6, MASK, END, length=9)])
+    everything = torch.ones(1, 2, 9, dtype=torch.bool)
+    for phrases in (None, everything, membership(9, (1, 2), (0,), (4,), (5, 7, 8))[None]):
+        _, labels = mask(ids, phrases, 500)
+        assert set((labels >= 0).any(1)[0].nonzero().flatten().tolist()) <= {1, 3}
+
+
+def test_a_phrase_of_specials_alone_is_no_phrase():
+    """It neither draws the fallback, which would then mask nothing, nor halves the chance of another."""
+    ids = torch.tensor([sentence(5, UNK, 6)])
+    _, labels = mask(ids, membership(5, (0,), (2,), (3,))[None], 500)
+    assert (labels[0, :, 3] == 6).all()
+
+
+def test_a_caption_without_ordinary_words_comes_back_unmasked():
+    ids = torch.tensor([sentence(UNK, UNK), sentence(length=4)])
+    for phrases in (None, torch.ones(2, 1, 4, dtype=torch.bool)):
+        masked, labels = mask(ids, phrases, 50)
+        assert torch.equal(masked, ids[:, None].expand(2, 50, 4)) and (labels == -1).all()
+
+
+def test_masks_come_from_the_generator_and_nothing_else():
+    ids = torch.tensor([sentence(*range(5, 15))])
+    state = torch.get_rng_state()
+    first, again, other = (mask(ids, None, 20, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+# ---- refill
+
+
+def constant_fill(logits):
+    """A `fill` that finds the same words likely everywhere: (V,) -> callable."""
+    return lambda ids, image: logits.expand(*ids.shape, -1)
+
+
+def refill(fill, masked, labels, seed=0, words=WORDS, **options):
+    return generate.refill_masks(fill, masked, labels, words, generator=seeded(seed), **options)
+
+
+def one_blank(count=1):
+    ids = torch.tensor([sentence(5, MASK, 7)]).expand(count, 1, -1)
+    return ids, torch.where(ids == MASK, 6, -1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_words_are_drawn_from_the_softmax_at_the_temperature(temperature):
+    """Restricted to the vocabulary range: the [MASK] or [UNK] that the model finds most likely is never drawn."""
+    logits = torch.randn(END + 3, generator=seeded(1))
+    logits[:FIRST], logits[END:] = 50.0, 50.0
+    candidates = refill(constant_fill(logits), *one_blank(), refills=40000, temperature=temperature)
+    drawn = torch.bincount(candidates[0, :, 2], minlength=END + 3) / 40000
+    expected = torch.zeros(END + 3)
+    expected[FIRST:END] = (logits[FIRST:END] / temperature).exp() / (logits[FIRST:END] / temperature).exp().sum()
+    assert drawn.tolist() == pytest.approx(expected.tolist(), abs=0.01)
+
+
+def test_higher_temperature_draws_more_different_words():
+    logits = torch.zeros(END)
+    logits[9] = 4.0
+    shares = [(refill(constant_fill(logits), *one_blank(), refills=4000, temperature=t)[0, :, 2] == 9).float().mean().item()
+              for t in (0.3, 1.0, 2.0, 50.0)]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.99 and shares[3] < 0.1
+
+
+def test_the_default_temperature_is_the_releases():
+    assert inspect.signature(generate.refill_masks).parameters["temperature"].default == 1.5
+    assert inspect.signature(generate.tailor_negatives).parameters["temperature"].default == 1.5
+
+
+def test_impossible_words_are_never_drawn():
+    logits = torch.full((END,), float("-inf"))
+    logits[[9, 13]] = 0.0
+    assert set(refill(constant_fill(logits), *one_blank(), refills=2000)[0, :, 2].tolist()) == {9, 13}
+
+
+def by_image_and_place(ids, image):
+    """A `fill` that leaves no doubt: at position j of a sentence about image i, word 5 + (3 i + j) % 20."""
+    word = FIRST + (3 * image[:, None] + torch.arange(ids.size(1))) % (END - FIRST)
+    return 1e4 * torch.nn.functional.one_hot(word, END).float()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+def test_only_masked_positions_are_refilled_and_each_for_its_own_image(chunk_size):
+    """Also where the 80/10/10 rule showed a random word or kept the original; the refills of masking 0 come first."""
+    ids = torch.tensor([sentence(5, 6, 7, 8, length=8), sentence(9, 10, 11, 12, 13, 14), sentence(15, length=8)])
+    masked, labels = mask(ids, None, 5)
+    before = masked.clone()
+    candidates = refill(by_image_and_place, masked, labels, refills=3, chunk_size=chunk_size)
+    expected = ids[:, None].expand(3, 5, 8).clone()
+    for i, m, j in (labels >= 0).nonzero().tolist():
+        expected[i, m, j] = FIRST + (3 * i + j) % (END - FIRST)
+    assert torch.equal(candidates, expected.repeat_interleave(3, dim=1))
+    assert torch.equal(masked, before), "the masked captions were written over; the MLM loss needs them"
+
+
+def test_fill_sees_the_masked_sentences():
+    ids = torch.tensor([sentence(5, 6, 7, 8), sentence(9, 10, 11, 12)])
+    masked, labels = mask(ids, None, 3)
+    seen = []
+
+    def fill(sentences, image):
+        seen.append((sentences.clone(), image.clone()))
+        return torch.zeros(*sentences.shape, END)
+    refill(fill, masked, labels, refills=4, chunk_size=4)
+    assert max(len(sentences) for sentences, _ in seen) <= 4
+    assert torch.equal(torch.cat([sentences for sentences, _ in seen]), masked.flatten(0, 1))
+    assert torch.cat([image for _, image in seen]).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_projecting_masked_positions_alone_gives_the_same_words():
+    masked, labels = mask(torch.tensor([sentence(*range(5, 11))]), None, 4)
+    states, matrix = torch.randn(4, 8, 6), torch.randn(6, END)
+    both = [refill(fill, masked, labels, refills=6, project=project) for fill, project in (
+        (lambda ids, image: states @ matrix, None), (lambda ids, image: states, lambda x: x @ matrix))]
+    assert torch.equal(*both)
+
+
+def test_blanks_are_filled_independently_of_each_other():
+    ids = torch.tensor([[sentence(MASK, MASK, MASK)]])
+    candidates = refill(constant_fill(torch.zeros(END)), ids, torch.where(ids == MASK, 6, -1), refills=20000)[0, :, 1:4]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (candidates[:, a] == candidates[:, b]).float().mean().item() == pytest.approx(1 / (END - FIRST), abs=0.01)
+    assert (candidates[1:] == candidates[:-1]).float().mean().item() == pytest.approx(1 / (END - FIRST), abs=0.01)
+
+
+def test_nothing_masked_nothing_refilled():
+    ids = torch.tensor([[sentence(UNK, UNK)]])
+    assert torch.equal(refill(constant_fill(torch.zeros(END)), ids, torch.full_like(ids, -1), refills=3), ids.expand(1, 3, -1))
+
+
+# ---- filter
+
+
+def brute_force_valid(candidates, positives):
+    """Row by row, sentence by sentence, with Python's lists and sets."""
+    def words(ids):
+        while ids and ids[-1] == PAD:
+            ids = ids[:-1]
+        return tuple(ids)
+    valid = []
+    for row, own in zip(candidates.tolist(), positives.tolist()):
+        seen = {words(caption) for caption in own}
+        for candidate in row:
+            valid.append(words(candidate) not in seen)
+            seen.add(words(candidate))
+    return torch.tensor(valid, dtype=torch.bool).view(candidates.shape[:2])
+
+
+def random_sentences(rows, count, longest, width, words, rng):
+    """Sentences over so few words that many are equal."""
+    ids = torch.randint(FIRST, FIRST + words, (rows, count, width), generator=rng)
+    lengths = torch.randint(1, longest + 1, (rows, count, 1), generator=rng)
+    return torch.where(torch.arange(width) < lengths, ids, PAD)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("widths", [(4, 4), (3, 6), (6, 3)])
+def test_filter_is_exact(seed, widths):
+    """Own captions and duplicates go, the first of equal ones stays, whatever the widths: the shape error of the release's stage 2
+    and its blindness for the image's other captions, in one."""
+    rng = seeded(seed)
+    candidates = random_sentences(5, 60, 3, widths[0], 3, rng)
+    positives = random_sentences(5, 4, 3, widths[1], 3, rng)
+    positives[1, 2:] = PAD  # an image with fewer captions
+    before = candidates.clone(), positives.clone()
+    valid = generate.drop_non_negatives(candidates, positives)
+    assert torch.equal(valid, brute_force_valid(candidates, positives))
+    assert valid.any() and not valid.all()
+    assert torch.equal(candidates, before[0]) and torch.equal(positives, before[1])
+
+
+def test_filter_compares_sentences_within_a_row_only():
+    same = torch.tensor([[sentence(5, 6)], [sentence(5, 6)]])
+    assert generate.drop_non_negatives(same, torch.tensor([[sentence(7, 8)], [sentence(5, 6)]])).tolist() == [[True], [False]]
+
+
+def test_filter_keeps_what_merely_resembles_a_caption():
+    """One word more, one less, one changed, two exchanged: all are negatives. A caption that continues beyond T is another one."""
+    own = torch.tensor([[sentence(5, 6, 7, length=7)]])
+    near = torch.tensor([[sentence(5, 6, length=6), sentence(5, 6, 7, 7)[:6], sentence(5, 6, 8, length=6),
+                          sentence(6, 5, 7, length=6), sentence(5, 6, 7, length=6)]])
+    assert generate.drop_non_negatives(near, own).tolist() == [[True, True, True, True, False]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_is_true_finds_exactly_the_equal_captions(seed):
+    rng = seeded(seed)
+    sentences, positives = random_sentences(3, 20, 3, 3, 2, rng), random_sentences(3, 3, 3, 5, 2, rng)
+    expected = [[any(s[:3] == p[:3] and not any(p[3:]) for p in own) for s in row] for row, own in zip(sentences.tolist(), positives.tolist())]
+    assert generate.is_true(sentences, positives).tolist() == expected
+
+
+def test_another_padding_id_works_too():
+    candidates, positives = torch.tensor([[[5, 6, 9], [5, 6, 0]]]), torch.tensor([[[5, 6, 9, 9, 9]]])
+    assert generate.drop_non_negatives(candidates, positives, pad_id=9).tolist() == [[False, True]]
+
+
+# ---- select
+
+
+@pytest.mark.parametrize("h", [1, 5, 12])
+def test_the_hardest_usable_candidates_are_selected(h):
+    rng = seeded(3)
+    scores, valid = torch.rand(6, 12, generator=rng), torch.rand(6, 12, generator=rng) < 0.5
+    valid[0], valid[1] = True, False
+    before = scores.clone(), valid.clone()
+    index, kept = generate.select_hardest(scores, valid, h)
+    for row in range(6):
+        best = sorted(valid[row].nonzero().flatten().tolist(), key=lambda i: -scores[row, i].item())[:h]
+        assert kept[row].tolist() == [True] * len(best) + [False] * (h - len(best))
+        assert index[row, :len(best)].tolist() == best
+    assert torch.equal(scores, before[0]) and torch.equal(valid, before[1])
+
+
+def test_unusable_candidates_lose_whatever_their_score():
+    """Fault of the release: penalties of 2 and 3 were taken off unbounded logits, so that true captions could be kept."""
+    index, kept = generate.select_hardest(torch.tensor([[1e30, -1e30, 5.0, float("inf")]]), torch.tensor([[False, True, True, False]]), 3)
+    assert index[0, :2].tolist() == [2, 1] and kept.tolist() == [[True, True, False]]
+
+
+def test_more_than_there_are_cannot_be_selected():
+    with pytest.raises(ValueError, match="13.*12"):
+        generate.select_hardest(torch.zeros(2, 12), torch.ones(2, 12, dtype=torch.bool), 13)
+
+
+# ---- all together
+
+CAPTIONS = torch.tensor([sentence(5, 6, 7, 8, length=8), sentence(9, 10, 11, 12, 13, 14), sentence(15, 16, length=8)])
+OWN = torch.stack((CAPTIONS, torch.tensor([sentence(5, 6, 7, 9, length=8), sentence(9, 10, length=8), sentence(15, 17, length=8)])), 1)
+PHRASES = torch.stack((membership(8, (1, 2), (3,), (4,)), membership(8, (1,), (2, 3), (5, 6)), membership(8, (1,), (2,), ())))
+
+
+def mock_match(ids, image):
+    """Some score that depends on the words, their places and the image; without ties in practice."""
+    return torch.sin(ids.float() @ torch.arange(1.0, ids.size(1) + 1) * 1.7 + image * 0.3)
+
+
+def flat_fill(ids, image):
+    return torch.zeros(*ids.shape, END)
+
+
+def tailor(fill=flat_fill, match=mock_match, ids=CAPTIONS, phrases=PHRASES, own=OWN, seed=0, words=WORDS, **options):
+    options = {"maskings": 6, "refills": 5, "hard": 8, **options}
+    return generate.tailor_negatives(fill, match, ids, phrases, own, mask_id=MASK, vocabulary_range=words, generator=seeded(seed), **options)
+
+
+def check_invariants(made, ids, own, phrases):
+    """What the docstring promises of every output."""
+    assert made.valid.dtype == torch.bool and made.sentences.dtype == made.labels.dtype == torch.long
+    for i in range(len(ids)):
+        kept = [tuple(s) for s in made.sentences[i][made.valid[i]].tolist()]
+        assert len(set(kept)) == len(kept), "a negative is repeated"
+        assert not set(kept) & {tuple(s) for s in own[i].tolist()}, "a true caption is kept"
+        changeable = phrases[i].any(0) & (ids[i] >= FIRST)
+        assert (made.sentences[i][made.valid[i]] == ids[i])[:, ~changeable].all(), "a word in no phrase, or a special token, changed"
+    new = (made.sentences != ids[:, None]) & made.valid[..., None]
+    assert ((made.sentences[new] >= FIRST) & (made.sentences[new] < END)).all(), "a special token was written"
+    assert torch.equal(made.labels, torch.where(new, ids[:, None], -1)), "labels are the original word exactly where it was replaced"
+    assert (made.sentences[~made.valid] == PAD).all()
+    assert (made.valid[:, 1:] <= made.valid[:, :-1]).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_tailor_negatives_promises(seed):
+    made = tailor(seed=seed)
+    assert made.sentences.shape == made.labels.shape == (3, 8, 8) and made.valid.shape == (3, 8)
+    check_invariants(made, CAPTIONS, OWN, PHRASES)
+    scores = mock_match(made.sentences.flatten(0, 1), torch.arange(3).repeat_interleave(8)).view(3, 8)
+    assert (scores[:, 1:] <= scores[:, :-1])[made.valid[:, 1:]].all(), "not the hardest first"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tailor_negatives_keeps_what_a_plain_loop_keeps(seed):
+    """The same candidates, filtered by brute force and sorted by score."""
+    rng = seeded(seed)
+    masked, labels = generate.mask_phrases(CAPTIONS, PHRASES, MASK, WORDS, 6, generator=rng)
+    candidates = generate.refill_masks(flat_fill, masked, labels, WORDS, 5, generator=rng)
+    usable, made = brute_force_valid(candidates, OWN), tailor(seed=seed)
+    for i in range(3):
+        left = candidates[i][usable[i]]
+        expected = left[mock_match(left, torch.full((len(left),), i)).argsort(descending=True)][:8].tolist()
+        assert made.sentences[i][made.valid[i]].tolist() == expected
+
+
+def test_the_seed_decides_everything():
+    state = torch.get_rng_state()
+    first, again, other = (tailor(seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first.sentences, other.sentences)
+
+
+def test_given_masks_are_used():
+    """So that the MLM loss is trained on the very same masked captions; the labels may be shorter than the phrases would make them."""
+    masked, labels = mask(CAPTIONS, membership(8, (2,))[None].expand(3, 1, 8), 4)
+    made = tailor(masks=(masked, labels), phrases=None, hard=6)
+    assert made.valid.any()
+    assert set((made.labels >= 0).nonzero()[:, 2].tolist()) == {2}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 10000])
+def test_chunks_do_not_matter(chunk_size):
+    whole = tailor(fill=by_image_and_place)
+    assert all(torch.equal(a, b) for a, b in zip(whole, tailor(fill=by_image_and_place, chunk_size=chunk_size)))
+
+
+def test_each_pair_is_made_as_if_alone():
+    """A batch of three equals three of one, when the masks are given and the refills leave nothing to chance."""
+    masked, labels = mask(CAPTIONS, PHRASES, 6)
+
+    def alone(i):
+        return tailor(lambda ids, image: by_image_and_place(ids, image + i), lambda ids, image: mock_match(ids, image + i), CAPTIONS[i:i + 1],
+                      None, OWN[i:i + 1], masks=(masked[i:i + 1], labels[i:i + 1]), hard=4)
+    together = tailor(by_image_and_place, masks=(masked, labels), phrases=None, hard=4)
+    for part, parts in zip(together, zip(*(alone(i) for i in range(3)))):
+        assert torch.equal(part, torch.cat(parts))
+
+
+def test_true_captions_are_never_kept_however_well_they_match():
+    """Fault of the release: penalties instead of a mask, and the image's other captions not excluded at all."""
+    def match(ids, image):
+        return torch.where(generate.is_true(ids[:, None], OWN[image])[:, 0], 1e9, -1e9)
+    for seed in range(5):
+        made = tailor(match=match, seed=seed, words=(5, 19), refills=20, hard=40)
+        assert made.valid.any(1).all()
+        check_invariants(made, CAPTIONS, OWN, PHRASES)
+
+
+def test_dropped_candidates_are_not_scored():
+    scored = []
+
+    def match(ids, image):
+        scored.extend(zip(image.tolist(), map(tuple, ids.tolist())))
+        return mock_match(ids, image)
+    tailor(match=match, words=(5, 19), refills=20)
+    assert len(set(scored)) == len(scored)
+    assert not {(i, tuple(caption)) for i in range(3) for caption in OWN[i].tolist()} & set(scored)
+
+
+def test_the_callables_run_without_gradient():
+    weight, seen = torch.ones((), requires_grad=True), []
+
+    def watched(function):
+        def call(ids, image):
+            seen.append(torch.is_grad_enabled())
+            return weight * function(ids, image)
+        return call
+    made = tailor(watched(flat_fill), watched(mock_match))
+    assert seen and not any(seen)
+    assert not any(tensor.requires_grad for tensor in made)
+    assert torch.is_grad_enabled()
+
+
+def test_a_word_refilled_by_itself_is_not_labelled():
+    """Fault of the release: a word kept by the 80/10/10 rule, or refilled by itself, still counted as replaced."""
+    def fill(ids, image):  # writes the caption's own words back, but for place 2
+        logits = 1e4 * torch.nn.functional.one_hot(CAPTIONS[image], END).float()
+        logits[:, 2] = 0.0
+        return logits
+    made = tailor(fill, phrases=membership(8, (1, 2, 3, 4))[None].expand(3, 1, 8))
+    assert made.valid.any(1).all()
+    assert set((made.labels >= 0).nonzero()[:, 2].tolist()) == {2}
+    check_invariants(made, CAPTIONS, OWN, membership(8, (1, 2, 3, 4))[None].expand(3, 1, 8))
+
+
+# ---- few candidates, and none
+
+
+def test_fewer_than_h_left():
+    """Four words, one blank: of four sentences two are true, so two negatives are left of the eight asked for."""
+    ids, own = torch.tensor([sentence(5)]), torch.tensor([[sentence(5), sentence(7)]])
+    made = tailor(ids=ids, phrases=None, own=own, words=(5, 9), maskings=8, refills=16)
+    assert made.valid.tolist() == [[True] * 2 + [False] * 6]
+    assert sorted(made.sentences[0, :2, 1].tolist()) == [6, 8]
+    assert (made.sentences[0, 2:] == PAD).all() and (made.labels[0, 2:] == -1).all()
+
+
+def hopeless():
+    """Pair 0 has nothing but true refills, pair 1 no ordinary word, pair 2 has negatives."""
+    ids = torch.tensor([sentence(5), sentence(UNK), sentence(6)])
+    own = torch.tensor([[sentence(w) for w in (5, 6, 7)], [sentence(UNK)] * 3, [sentence(6)] * 3])
+    return ids, own
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = TagsDC(Config(vocab_size=END, feature_size=6, hidden=16, layers=2, heads=2, intermediate=24, max_positions=12, dropout=0.5)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model, torch.randn(3, 4, 6), torch.rand(3, 4, 7)
+
+
+def callables(model, features, boxes):
+    def encode(ids, image):
+        return model(ids, features[image], boxes[image], ids != PAD, None)
+    return lambda ids, image: model.fill(encode(ids, image)[:, :ids.size(1)]), lambda ids, image: model.match(encode(ids, image))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 1], [1]])
+def test_a_pair_without_negatives_gives_no_loss_no_gradient_and_no_nan(rows):
+    """From the generator through the model into all four terms; also when no pair of the batch has any."""
+    ids, own = (x[rows] for x in hopeless())
+    model, features, boxes = small_model()
+    features, boxes = features[rows], boxes[rows]
+    made = tailor(*callables(model, features, boxes), ids, None, own, words=(5, 8), maskings=3, refills=3, hard=3)
+    assert made.valid.any(1).tolist() == [row == 2 for row in rows]
+
+    flat, image = made.sentences.flatten(0, 1), torch.arange(len(rows)).repeat_interleave(3)
+    hidden = model(flat, features[image], boxes[image], flat != PAD, None)
+    words, labels = hidden[:, :3], made.labels.flatten(0, 1)
+    positive = model.match(model(ids, features, boxes, None, None)).sigmoid()
+    terms = [losses.triplet_loss(positive, model.match(hidden).sigmoid().view(len(rows), 3), 0.2, made.valid),
+             losses.masked_lm_loss(model.fill(words), labels), losses.word_correction_loss(model.correct(words), labels),
+             losses.word_discrimination_loss(model.discriminate(words), labels >= 0, flat != PAD)]
+    positive.retain_grad()
+    sum(terms).backward()
+    assert all(term.isfinite() for term in terms)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert [g.item() != 0 for g in positive.grad] == [row == 2 for row in rows]
+    if 2 not in rows:
+        assert sum(terms).item() == 0.0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_more_negatives_than_candidates_are_refused():
+    with pytest.raises(ValueError, match="31.*30"):
+        tailor(maskings=6, refills=5, hard=31)
+
+
+# ---- with the real model
+
+
+def test_the_model_writes_its_own_negatives():
+    """In eval mode, in spite of its dropout of one half, the same seed writes the same sentences; the image has a say in them."""
+    model, features, boxes = small_model()
+    first, again = (tailor(*callables(model, features, boxes), seed=3, refills=8) for _ in range(2))
+    check_invariants(first, CAPTIONS, OWN, PHRASES)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert first.valid.all() and not model.training
+    assert not torch.equal(first.sentences, tailor(*callables(model, features.flip(0), boxes), seed=3, refills=8).sentences)
+
+
+def test_special_tokens_are_never_sampled_however_likely():
+    """Fault of the release: the model that thinks of nothing but [SEP] and [MASK] still writes words."""
+    model, features, boxes = small_model()
+    with torch.no_grad():
+        model.mlm.bias[:FIRST] += 100
+    made = tailor(*callables(model, features, boxes), refills=8)
+    assert made.valid.all()
+    check_invariants(made, CAPTIONS, OWN, PHRASES)
