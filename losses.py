@@ -7,14 +7,23 @@ gradient, so a batch may lose all its negatives without a division by zero.
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 before the logarithm
 
 
 def masked_mean(values, valid):
-    """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar."""
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+    """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar.
+
+    Among several processes the sum is divided by the mean count of all, so that the average of their gradients is the
+    gradient of the joint batch, however unevenly the valid entries lie.
+    """
+    total, processes = valid.sum().float(), 1
+    if dist.is_available() and dist.is_initialized():
+        processes = dist.get_world_size()
+        dist.all_reduce(total)
+    return torch.where(valid, values, 0.0).sum() * processes / total.clamp(min=1)
 
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None):
@@ -43,8 +52,8 @@ def masked_lm_loss(logits, labels):
     logits: (..., V) float; labels: (...) long, the original word or -1 where nothing was masked.
     Returns the mean over labelled positions; (B, T, V) and already selected (Q, V) logits give the same.
     """
-    negative_log = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="sum")
-    return negative_log / (labels >= 0).sum().clamp(min=1)
+    cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
+    return masked_mean(cost, labels.flatten() >= 0)
 
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
 import evaluate
@@ -153,7 +155,7 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
 
     Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics.
     """
-    model = objective.module.model if hasattr(objective, "module") else objective.model
+    model = getattr(objective, "module", objective).model
     mining = "hard" in weights
     batch = (draw_batch(data, rng, device, args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
              draw_batch(data, rng, device, args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
@@ -205,7 +207,8 @@ def rate(step, steps):
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
     terminal = sys.stdout.isatty()
-    print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+    if world()[0] == 0:
+        print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
 
 
 def write_atomically(path, write):
@@ -214,122 +217,145 @@ def write_atomically(path, write):
     os.replace(path.with_name(path.name + ".part"), path)
 
 
+def world():
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Run:
-    """A training run: the model, where it stands, and all that its checkpoints hold."""
+    """A training run: the model, where it stands, and all that its checkpoints hold. With several processes each draws its
+    own batches and pools; the first one alone writes."""
 
     def __init__(self, args, data, model, device):
         self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
+        self.plan, self.rank = phase_plan(args), world()[0]
         self.objective, self.optimizer = Objective(model, data.tokenizer, args), make_optimizer(model)
-        self.rng = torch.Generator().manual_seed(args.seed)                          # batches and masks, on the CPU
-        self.device_rng = torch.Generator(device).manual_seed(args.seed)             # refills
+        if world()[1] > 1:  # a term that is off, or a phase without it, leaves heads without gradient
+            self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
+        self.rng = torch.Generator().manual_seed(args.seed + self.rank)                   # batches and masks, on the CPU
+        self.device_rng = torch.Generator(device).manual_seed(args.seed + self.rank)      # refills
         self.at = dict(phase=0, step=0, best=-1.0, seconds=0.0, warmup=None, log=[])
-        self.signal, self.started = None, time.time()
+        self.signal, self.started = 0, time.time()
 
     def save(self, name):
         """Writes everything that --resume, --eval and --checkpoint need."""
-        state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config),
-                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
-                     rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()],
-                     arguments={k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(self.args).items()})
-        write_atomically(self.out / name, lambda path: torch.save(state, path))
+        if self.rank == 0:
+            state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config),
+                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
+                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=plain(self.args))
+            write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def resume(self, state):
-        """Takes up where the checkpoint `state` stands."""
+        """Takes up where the checkpoint `state` stands; processes other than the first draw afresh from there on."""
         self.at = {key: state[key] for key in self.at}
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for setter, value in zip((self.rng.set_state, self.device_rng.set_state, torch.set_rng_state), state["rng"]):
-            setter(value)
+        for generator, value in zip((self.rng, self.device_rng, torch.default_generator), state["rng"]):
+            generator.set_state(value) if self.rank == 0 else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
 
     def train(self):
         """Runs what is left of the plan; leaves the best validation weights in the model. Returns False when interrupted."""
-        plan = phase_plan(self.args)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: setattr(self, "signal", number))
-        every = max(1, sum(steps for _, steps, _, _ in plan) // self.args.validations)
-        for index in range(self.at["phase"], len(plan)):
-            phase, steps, weights, peak = plan[index]
+        for self.at["phase"] in range(self.at["phase"], len(self.plan)):
             if self.at["step"] == 0:
                 self.optimizer = make_optimizer(self.model)
             self.model.train()
-            self._train_phase(phase, steps, weights, peak, every, sum(steps for _, steps, _, _ in plan[:index]), sum(steps for _, steps, _, _ in plan))
+            self.train_phase(*self.plan[self.at["phase"]])
             if self.signal:
-                break
+                return False
+            if world()[1] > 1:
+                dist.barrier()  # best.pt is whole before anyone reads it
             self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
-            if phase == "warmup":
+            if self.plan[self.at["phase"]][0] == "warmup":
                 self.at["warmup"] = test_report(self.model, self.data, self.args, self.device)[0]
-            self.at.update(phase=index + 1, step=0)
-            self.save("last.pt")
+            self.at["step"] = 0
+        self.at["phase"] = len(self.plan)
+        self.save("last.pt")
         signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return not self.signal
+        return True
 
-    def _train_phase(self, phase, steps, weights, peak, every, before, total):
+    def train_phase(self, phase, steps, weights, peak):
+        """One phase of the plan, from self.at["step"] on: steps, lines of the log, validations."""
         args, sums, clock, since = self.args, {}, time.time(), 0
-        negatives = args.batch_size * (2 * args.pool + args.maskings * args.refills * bool({"tags", "wod", "woc"} & weights.keys()))
         for step in range(self.at["step"], steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = peak * rate(step, steps)
             early = phase == "warmup" and step < args.words_first * steps
-            loss, seen = training_step(self.objective, self.data, args, {"mlm": weights["mlm"]} if early else weights, self.rng, self.device_rng, self.device)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for _ in range(args.accumulate):
+                loss, seen = training_step(self.objective, self.data, args, {"mlm": weights["mlm"]} if early else weights,
+                                           self.rng, self.device_rng, self.device)
+                (loss / args.accumulate).backward()
+                for name, value in {"loss": loss.detach(), **seen}.items():
+                    sums[name] = sums.get(name, 0.0) + value / args.accumulate
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
             self.optimizer.step()
             self.at["step"], since = step + 1, since + 1
-            for name, value in {"loss": loss.detach(), **seen}.items():
-                sums[name] = sums.get(name, 0.0) + value
-            last = step + 1 == steps or self.signal
-            if (step + 1) % args.log_every == 0 or last:
-                row = {"phase": phase, "step": before + step + 1, **{name: round(value.item() / since, 5) for name, value in sums.items()},
-                       "lr": peak * rate(step, steps)}
-                if not math.isfinite(row["loss"]):
-                    raise datasets.InputError(f"the loss became {row['loss']} at step {row['step']} of phase {phase}: lower --lr "
-                                              f"(now {args.lr}); {self.out / 'best.pt'} holds the best weights before that")
-                pace = (time.time() - clock) / since
-                if "hard" in weights:
-                    row["negatives_per_s"] = round(negatives / pace)
-                say(f"{phase} {row['step']}/{total}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k in sums)
-                    + (f"  {row['negatives_per_s']} negatives/s" if "hard" in weights else "")
-                    + f"  ETA {pace * (total - row['step']) / 60:.1f} min", passing=not last)
+            if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.signal and world()[1] == 1):
+                self.report(phase, weights, {name: value.item() / since for name, value in sums.items()}, (time.time() - clock) / since,
+                            peak * rate(step, steps), step + 1 == steps)
                 sums, clock, since = {}, time.time(), 0
-                self.at["log"].append(row)
-                if ((step + 1) // args.log_every * args.log_every) % every < args.log_every and not self.signal or step + 1 == steps:
-                    self.validate(row)
-                    clock = time.time()
-                self.write_log()
             if self.signal:
-                self.save("last.pt")
-                return
+                return self.save("last.pt")
+
+    def report(self, phase, weights, means, pace, lr, last):
+        """A row of the log after `pace` seconds a step, a validation where one is due. Raises InputError if training diverged."""
+        args, total = self.args, sum(steps for _, steps, _, _ in self.plan)
+        done = sum(steps for _, steps, _, _ in self.plan[:self.at["phase"]]) + self.at["step"]
+        row = {"phase": phase, "step": done, **{name: round(mean, 5) for name, mean in means.items()}, "lr": lr}
+        if not math.isfinite(row["loss"]):
+            raise datasets.InputError(f"the loss became {row['loss']} at step {done} ({phase}): lower the learning rate, now {lr:.1e}; "
+                                      f"{self.out / 'best.pt'} holds the best weights before that")
+        if "hard" in weights:
+            candidates = args.maskings * args.refills * bool({"tags", "wod", "woc"} & weights.keys())
+            row["negatives_per_s"] = round(args.batch_size * args.accumulate * (2 * args.pool + candidates) * world()[1] / pace)
+        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+            + (f"  {row['negatives_per_s']} negatives/s" if "hard" in weights else "") + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
+        self.at["log"].append(row)
+        if world()[1] > 1:  # all stop at the same step, or none
+            signals = torch.tensor(self.signal, device=self.device)
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            self.signal = signals.item()
+        if not self.signal and (last or done // args.log_every % max(1, total // args.log_every // args.validations) == 0):
+            self.validate(row)
+        if self.rank == 0:
+            write_atomically(self.out / "log.csv", lambda path: write_csv(path, self.at["log"]))
 
     def validate(self, row):
         """Recall on the first --val-images of val (train, if there is no val); the best weights go to best.pt, all to last.pt."""
-        metrics = evaluate.retrieval_metrics(*scores_of(self.model, head(self.data, "val", self.args.val_images), "val", self.args, self.device))
-        row["val_rsum"], row["val_tr_r1"], row["val_ir_r1"] = (round(metrics[k], 2) for k in ("rsum", "tr_r1", "ir_r1"))
+        split = "val" if "val" in self.data.splits else "train"
+        metrics = evaluate.retrieval_metrics(*scores_of(self.model, head(self.data, split, self.args.val_images), split, self.args, self.device))
+        row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
         say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
         if metrics["rsum"] > self.at["best"]:
             self.at["best"] = metrics["rsum"]
             self.save("best.pt")
         self.save("last.pt")
 
-    def write_log(self):
-        names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
 
-        def write(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader(), writer.writerows(self.at["log"])
-        write_atomically(self.out / "log.csv", write)
+def plain(args):
+    """The arguments as JSON and torch.load(weights_only=True) can hold them."""
+    return {name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value for name, value in vars(args).items()}
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader(), writer.writerows(rows)
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours, or None if the file holds something else (official weights, say). Raises InputError."""
+    """The dictionary in a file: a checkpoint of ours, or official weights. Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise datasets.InputError(f"{path}: no such checkpoint") from None
     except Exception as fault:  # torch.load raises half a dozen kinds for a file that is none of its own
         raise datasets.InputError(f"{path}: not a readable checkpoint ({str(fault).splitlines()[0]})") from None
-    return state if "arguments" in state else state
+    if not isinstance(state, dict):
+        raise datasets.InputError(f"{path}: holds no weights by name, but a {type(state).__name__}")
+    return state
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -345,9 +371,16 @@ def head(data, split, images):
 
 
 def scores_of(model, data, split, args, device):
-    """Score matrix of a split and the image of each caption: what retrieval_metrics takes."""
-    return (evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch),
-            data.splits[split].image_of_caption)
+    """Score matrix (C, I) of a split and the image of each caption, what retrieval_metrics takes. Processes share the captions."""
+    content, (rank, processes) = data.splits[split], world()
+    rows = torch.arange(len(content.captions)).tensor_split(processes)[rank]
+    part = evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch, captions=rows)
+    if processes == 1:
+        return part, content.image_of_caption
+    scores = torch.zeros(len(content.captions), len(content.images), device=device)
+    scores[rows.to(device)] = part.to(device)
+    dist.all_reduce(scores)
+    return scores.cpu(), content.image_of_caption
 
 
 def tailored_examples(model, data, split, captions, args, device):
@@ -465,22 +498,24 @@ def parse_arguments(argv):
     add("--dropout", type=share, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=positive, default=4000, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=70", "tags=15", "dc=15"], metavar="NAME=SHARE", help="phases and their shares of --steps")
-    add("--batch-size", type=positive, default=32, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
+    add("--steps", type=positive, default=5000, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=60", "tags=20", "dc=20"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--batch-size", type=positive, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=positive, default=64, help="pairs a step of the warm-up phase")
     add("--words-first", type=share, default=0.5, help="share of the warm-up that learns words (MLM) alone, before matching")
     add("--mask-probability", type=positive_float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
     add("--warmup-mask-probability", type=positive_float, default=0.3, help="of a phrase, in the warm-up")
+    add("--accumulate", type=positive, default=1, help="batches whose gradients make one optimiser step")
+    add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
     add("--lr", type=positive_float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
     add("--warmup-lr", type=positive_float, default=1e-3, help="peak learning rate of the warm-up phase")
-    add("--pool", type=positive, default=64, help="pairs among which hard negatives are retrieved (paper: 399)")
+    add("--pool", type=positive, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
     add("--hard", type=positive, default=4, help="negatives kept of each kind (paper: 31)")
     add("--maskings", type=positive, default=4, help="maskings of each caption (paper: 20)")
     add("--refills", type=positive, default=4, help="refills of each masking (paper: 20)")
     add("--temperature", type=positive_float, default=1.5, help="of the refilling (paper: 1.5)")
     add("--margin", type=positive_float, default=0.2, help="of the triplet losses (paper: 0.2)")
-    for term, default, text in (("tags", 0.5, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
+    for term, default, text in (("tags", 1.0, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
                                 ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
         add(f"--lambda-{term}", type=weight, default=default, help=f"weight of {text}; 0 switches it off")
     add = parser.add_argument_group("run").add_argument
@@ -489,10 +524,10 @@ def parse_arguments(argv):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 autocast where the hardware has it")
     add("--log-every", type=positive, default=50, help="steps between two lines of the log")
-    add("--validations", type=positive, default=16, help="validations in a run")
+    add("--validations", type=positive, default=10, help="validations in a run")
     add("--val-images", type=positive, default=100, help="images of val that a validation looks at")
     add("--analyse-images", type=positive, default=200, help="test images whose generated negatives are analysed")
-    add("--score-batch", type=positive, default=128, help="pairs in one pass without gradient")
+    add("--score-batch", type=positive, default=256, help="pairs in one pass without gradient")
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
 
     known = vars(parser.parse_known_args(argv)[0])
@@ -538,12 +573,13 @@ def hardware(args):
     device = next(name for name in there if there[name]) if args.device == "auto" else args.device
     if not there[device]:
         raise datasets.InputError(f"--device {device}: PyTorch finds no such device here; use --device cpu")
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     if args.dtype != "auto":
-        return device, getattr(torch, args.dtype)
+        return place, getattr(torch, args.dtype)
     cpu = Path("/proc/cpuinfo")
     fast = {"cuda": lambda: torch.cuda.is_bf16_supported(), "mps": lambda: False,
             "cpu": lambda: cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))}[device]()
-    return device, torch.bfloat16 if fast else torch.float32
+    return place, torch.bfloat16 if fast else torch.float32
 
 
 def make_model(args, data, state):
@@ -581,12 +617,14 @@ def finish(args, data, model, device, state):
         ceiling = datasets.identification_ceiling(data.splits[split].scenes, data.splits[split].captions, data.splits[split].image_of_caption)
         metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling
         print(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
+    if world()[0] > 0:
+        return
     if args.save_scores:
         write_atomically(out / "scores.npy", lambda path: np.save(open(path, "wb"), scores.numpy()))
     picture_negatives(out / "negatives.png", data, split, scores, made)
     if state["log"]:
         evaluate.draw_curves(out / "curves.png", state["log"])
-    record = {"test": metrics, "val": {"rsum": state["best"]}, "warmup": state["warmup"], "arguments": {k: str(v) if isinstance(v, torch.dtype) else v for k, v in vars(args).items()},
+    record = {"test": metrics, "val": {"rsum": state["best"]}, "warmup": state["warmup"], "arguments": plain(args),
               "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
     if not args.eval:
         write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
@@ -603,7 +641,7 @@ def search(args, data, model, device, count=6):
         if unknown or not args.query.strip():
             raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
         everything = torch.arange(len(content.images))
-        ids = evaluate.own_words(data, [args.query]).text("texts", [0]).expand(len(everything), -1)
+        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(everything), -1)
         scores = evaluate.score_sentences(model, data, split, ids, everything, **options).sigmoid()
         best = scores.topk(min(count, len(scores))).indices.tolist()
         results = [(picture_of(data, split, i), content.images[i], scores[i].item()) for i in best]
@@ -638,36 +676,45 @@ def main(argv=None):
 def run(args):
     """Loads data and model, then trains, evaluates or searches. Returns the exit code."""
     device, args.dtype = hardware(args)
-    name = Path(args.data).stem.removeprefix("dataset_")
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     source = args.eval or args.checkpoint
-    args.out = args.out or (str(Path(source).parent) if source else f"runs/{name}")
-    out = Path(args.out)
-    state = load_checkpoint(Path(source)) if source else None
-    if args.resume:
-        state = load_checkpoint(out / "last.pt")
-    torch.manual_seed(args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    tokens = state["tokens"] if state else None
-    data = (datasets.load_scenes(args.seed, args.scenes, out / "data") if args.data == "scenes" else
-            datasets.load_data(args.data, args.root, args.features, args.phrases, args.skip_bad, tokens,
-                               state and state["config"]["feature_size"], store=out / "data"))
-    for note in data.notes:
-        say(note)
+    args.out = args.out or (str(Path(source).parent) if source else f"runs/{Path(args.data).stem.removeprefix('dataset_')}")
+    state = load_checkpoint(Path(source or Path(args.out) / "last.pt")) if source or args.resume else None
+    torch.manual_seed(args.seed + world()[0])
+    data = load(args, state)
     model = make_model(args, data, state).to(device)
+    model.checkpointing = args.recompute
     if args.query or args.image:
         return search(args, data, model, device)
     if not args.eval:
-        started = time.time()
         training = Run(args, data, model, device)
         if args.resume:
             training.resume(state)
         if not training.train():
-            say(f"interrupted; {out / 'last.pt'} is saved, --resume goes on")
+            say(f"interrupted; {Path(args.out) / 'last.pt'} is saved, --resume goes on")
             return 128 + training.signal
-        training.at["seconds"] += time.time() - started
-        state = training.at
+        state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
     finish(args, data, model, device, state)
     return 0
+
+
+def load(args, state):
+    """The data set that the arguments name; among several processes the first one converts and the others then read."""
+    store, (rank, processes) = Path(args.out) / "data", world()
+    store.mkdir(parents=True, exist_ok=True)
+    if rank > 0:
+        dist.barrier()
+    if args.data == "scenes":
+        data = datasets.load_scenes(args.seed, args.scenes, store)
+    else:
+        data = datasets.load_data(args.data, args.root, args.features, args.phrases, args.skip_bad, state and state.get("tokens"),
+                                  state and state["config"]["feature_size"], store=store)
+    if rank == 0 and processes > 1:
+        dist.barrier()
+    for note in data.notes:
+        say(note)
+    return data
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def read(name):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Inputs, outputs and parameters of the official model (tests/golden/README.md), as tensors. Not to be changed."""
+    """Inputs, outputs and parameters of the official model, parameters under their official names. Not to be changed."""
     return read("public_model.npz")
 
 

@@ -308,6 +308,8 @@ def test_dropout_acts_in_train_mode_alone():
     assert torch.equal(model(*batch), model(*batch)) and close(model(*batch), without(*batch))
     model.train()
     assert not close(model(*batch), model(*batch), 1e-2)
+    states = torch.cat([model.prepare_text(batch[0]).states, model.prepare_regions(*batch[1:3]).states], 1)
+    assert (states == 0).float().mean().item() == pytest.approx(0.3, abs=0.08), "the embeddings are not dropped out"
     assert close(without.train()(*batch), without.eval()(*batch))
 
 
