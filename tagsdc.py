@@ -26,53 +26,58 @@ import generate
 import losses
 from model import Config, TagsDC
 
-# The schedules of the official release (METHOD 5); steps of the one phase they run, everything else as in its scripts.
-RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, margin=0.2, dropout=0.1)
-STAGE_1, STAGE_2 = dict(phases=["tags=1"]), dict(phases=["dc=1"], lambda_wod=5e-4, lambda_woc=5e-4)
-RECIPES = {
-    "coco-base-1": dict(RELEASE, **STAGE_1, size="base", lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
-    "coco-base-2": dict(RELEASE, **STAGE_2, size="base", lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
-    "flickr-base-1": dict(RELEASE, **STAGE_1, size="base", lr=5e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.05) | dict(temperature=2.0, batch_size=16),
-    "flickr-base-2": dict(RELEASE, **STAGE_2, size="base", lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
-    "coco-large-1": dict(RELEASE, **STAGE_1, size="large", lr=4e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
-    "coco-large-2": dict(RELEASE, **STAGE_2, size="large", lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
-    "flickr-large-1": dict(RELEASE, **STAGE_1, size="large", lr=5e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
-    "flickr-large-2": dict(RELEASE, **STAGE_2, size="large", lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05) | dict(hard=23),
-}
+# The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
+RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, margin=0.2, dropout=0.1, lambda_wod=5e-4, lambda_woc=5e-4)
+RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
+    "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
+    "coco-base-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
+    "coco-large-1": dict(lr=4e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
+    "coco-large-2": dict(lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
+    "flickr-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.05, temperature=2.0, batch_size=16),
+    "flickr-base-2": dict(lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
+    "flickr-large-1": dict(lr=5e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
+    "flickr-large-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05, hard=23)}.items()}
 PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("hard", "mlm", "tags", "wod", "woc")}
+SYNTHETIC = {"tags", "wod", "woc"}  # the terms that need generated negatives
 
 
 # ---- one training step -----------------------------------------------------------------------------------------------
 
-def draw_batch(data, rng, device, anchors, pool, maskings, probability):
-    """B anchor pairs and the rest of their retrieval pool, drawn from the training split, masks included.
+def draw_pairs(split, count, rng):
+    """`count` different images of a split, and a caption of each: (P,) long indices of captions."""
+    images = torch.randperm(len(split.images), generator=rng)[:count]
+    first, end = (torch.searchsorted(split.image_of_caption, images, right=right) for right in (False, True))
+    return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
 
-    rng: a CPU torch.Generator; everything random here is drawn on the CPU, so that its sizes are known without asking a GPU.
-    Returns a dict of tensors on `device`: input_ids (P, T), own (P, C, T') the true captions of each image, features (P, R, F),
-    boxes (P, R, 7), region_mask (P, R), masked (B, M, T), labels (B, M, T) which stays on the CPU.
+
+def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
+    """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked.
+
+    rng: a CPU torch.Generator. What is random is drawn on the CPU, so that no size need be asked of a GPU.
+    Returns a dict of tensors on `device`: input_ids (P, T), anchor_ids (B, T), own (P, C, T') all true captions of each image,
+    features (P, R, F), boxes (P, R, 7), region_mask (P, R), masked (B, M, T); and labels (B, M, T), which stays on the CPU.
     """
-    split = data.splits["train"]
-    images = torch.randperm(len(split.images), generator=rng)[:pool]
-    first = torch.searchsorted(split.image_of_caption, images)
-    count = torch.searchsorted(split.image_of_caption, images, right=True) - first
-    captions = first + (torch.rand(len(images), generator=rng) * count).long()
-    input_ids = data.text("train", captions)
-    features, boxes, region_mask = data.image("train", images)
-    words = (data.tokenizer.first_word, len(data.tokenizer.tokens))
-    phrases = data.phrases("train", captions[:anchors])
+    images, phrases = data.splits[split].image_of_caption[captions], data.phrases(split, captions[:anchors])
+    input_ids = data.text(split, captions)
     anchor_ids = input_ids[:anchors, :phrases.size(2)]
-    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, words, maskings, probability, rng)
-    batch = dict(input_ids=input_ids, anchor_ids=anchor_ids, own=data.own_captions("train", images), features=features, boxes=boxes, region_mask=region_mask, masked=masked)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels, "words": words}
+    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, word_range(data.tokenizer), maskings, probability, rng)
+    batch = dict(zip(("features", "boxes", "region_mask"), data.image(split, images)), input_ids=input_ids, anchor_ids=anchor_ids,
+                 own=data.own_captions(split, images), masked=masked)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels}
 
 
-def retrieve_negatives(model, texts, images, batch, anchors, args):
+def word_range(tokenizer):
+    """(first, end) of the ids that may be masked and sampled."""
+    return tokenizer.first_word, len(tokenizer.tokens)
+
+
+def retrieve_negatives(model, texts, images, batch, args):
     """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
 
     Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
     word, one of an image's own is never its negative, nor the image the caption's.
     """
-    b, p, ids, own = anchors, len(batch["input_ids"]), batch["input_ids"], batch["own"]
+    b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
     anchor, other = torch.arange(b, device=ids.device).repeat_interleave(p), torch.arange(p, device=ids.device).repeat(b)
     image_scores = model.score_pairs(texts, anchor, images, other, args.score_batch).view(b, p)
     text_scores = model.score_pairs(texts, other, images, anchor, args.score_batch).view(b, p)
@@ -82,21 +87,22 @@ def retrieve_negatives(model, texts, images, batch, anchors, args):
     return generate.select_hardest(image_scores, false_images, hard), generate.select_hardest(text_scores, false_texts, hard)
 
 
-def write_negatives(model, images, input_ids, phrases, own, words, tokenizer, args, rng=None, masks=None):
-    """`generate.tailor_negatives` with this model: masked LM and matching head over prepared images, each row its own image."""
-    pad = tokenizer.pad_id
+def write_negatives(model, images, batch, tokenizer, args, rng):
+    """`generate.tailor_negatives` for the anchors of a batch, this model's heads over prepared images being its fill and match."""
+    pad, b = tokenizer.pad_id, len(batch["anchor_ids"])
 
-    def fill(ids, image_index):  # (n, T) -> (n, T, D), turned into words at the masked positions alone
-        texts = model.prepare_text(ids, ids != pad)
-        return model.encode_pairs(texts, torch.arange(len(ids), device=ids.device), images, image_index)[:, :ids.size(1)]
+    def pairs(ids, image_index):
+        return model.prepare_text(ids, ids != pad), torch.arange(len(ids), device=ids.device), images, image_index
+
+    def fill(ids, image_index):  # (n, T) -> (n, T, D); `project` makes words of the masked positions alone
+        return model.encode_pairs(*pairs(ids, image_index))[:, :ids.size(1)]
 
     def match(ids, image_index):  # (n, T) -> (n,)
-        texts = model.prepare_text(ids, ids != pad)
-        return model.score_pairs(texts, torch.arange(len(ids), device=ids.device), images, image_index)
+        return model.score_pairs(*pairs(ids, image_index))
     return generate.tailor_negatives(
-        fill, match, input_ids, phrases, own, mask_id=tokenizer.mask_id, vocabulary_range=words, pad_id=pad, maskings=args.maskings,
-        refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch,
-        project=model.fill, masks=masks)
+        fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=word_range(tokenizer), pad_id=pad,
+        refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch, project=model.fill,
+        masks=(batch["masked"], batch["labels"]))
 
 
 class Objective(torch.nn.Module):
@@ -155,20 +161,19 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
 
     Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics.
     """
-    model = getattr(objective, "module", objective).model
-    mining = "hard" in weights
-    batch = (draw_batch(data, rng, device, args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
-             draw_batch(data, rng, device, args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
+    model, mining = getattr(objective, "module", objective).model, "hard" in weights
+    b, p, m, probability = ((args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
+                            (args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
+    captions = draw_pairs(data.splits["train"], p, rng)
+    batch = make_batch(data, "train", captions, min(b, len(captions)), device, rng, m, probability)
     retrieved = negatives = None
     if mining:
         with evaluate.inference(model, device, args.dtype):
-            b, ids = args.batch_size, batch["input_ids"]
-            texts = model.prepare_text(ids, ids != data.tokenizer.pad_id)
+            texts = model.prepare_text(batch["input_ids"], batch["input_ids"] != data.tokenizer.pad_id)
             images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
-            retrieved = retrieve_negatives(model, texts, images, batch, b, args)
-            if {"tags", "wod", "woc"} & weights.keys():
-                negatives = write_negatives(model, images, batch["anchor_ids"], None, batch["own"][:b], batch["words"], data.tokenizer,
-                                            args, device_rng, (batch["masked"], batch["labels"]))
+            retrieved = retrieve_negatives(model, texts, images, batch, args)
+            if SYNTHETIC & weights.keys():
+                negatives = write_negatives(model, images, batch, data.tokenizer, args, device_rng)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
         terms, seen = objective(batch, weights, retrieved, negatives)
     loss = sum(weights[name] * term for name, term in terms.items())
@@ -187,8 +192,9 @@ def phase_plan(args):
     for name in [phase for phase in PHASES if shares.get(phase)]:
         before, passed = round(args.steps * passed / total), passed + shares[name]
         weights = {term: given[term] for term in PHASES[name] if given[term]}
-        plan.append((name, round(args.steps * passed / total) - before, {**weights, "mlm": 1.0} if name == "warmup" else weights,
-                     args.warmup_lr if name == "warmup" else args.lr))
+        if round(args.steps * passed / total) > before:
+            plan.append((name, round(args.steps * passed / total) - before, {**weights, "mlm": 1.0} if name == "warmup" else weights,
+                         args.warmup_lr if name == "warmup" else args.lr))
     return plan
 
 
@@ -308,7 +314,7 @@ class Run:
             raise datasets.InputError(f"the loss became {row['loss']} at step {done} ({phase}): lower the learning rate, now {lr:.1e}; "
                                       f"{self.out / 'best.pt'} holds the best weights before that")
         if "hard" in weights:
-            candidates = args.maskings * args.refills * bool({"tags", "wod", "woc"} & weights.keys())
+            candidates = args.maskings * args.refills * bool(SYNTHETIC & weights.keys())
             row["negatives_per_s"] = round(args.batch_size * args.accumulate * (2 * args.pool + candidates) * world()[1] / pace)
         say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
             + (f"  {row['negatives_per_s']} negatives/s" if "hard" in weights else "") + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
@@ -384,28 +390,21 @@ def scores_of(model, data, split, args, device):
 
 
 def tailored_examples(model, data, split, captions, args, device):
-    """Generated negatives of some captions of a split, with what the heads say of them, all on the CPU.
+    """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
 
-    Returns a dict: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H) logits,
-    discrimination (N, H, T, 2) logits and corrections (N, H, T) words. The same seed gives the same negatives.
+    Returns a dict of CPU tensors: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H),
+    flagged (N, H, T) bool by word discrimination, corrections (N, H, T) long, discrimination (N, H, T, 2) logits.
     """
-    rng, device_rng = torch.Generator().manual_seed(args.seed), torch.Generator(device).manual_seed(args.seed)
-    tokenizer, images = data.tokenizer, data.splits[split].image_of_caption[captions]
-    originals, made = data.text(split, captions), []
-    words, phrases = (tokenizer.first_word, len(tokenizer.tokens)), data.phrases(split, captions)
-    masked, labels = generate.mask_phrases(originals, phrases, tokenizer.mask_id, words, args.maskings, generator=rng)
+    batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
     with evaluate.inference(model, device, args.dtype):
-        for rows in torch.arange(len(captions)).split(args.batch_size):
-            pictures = model.prepare_regions(*(tensor.to(device) for tensor in data.image(split, images[rows])))
-            own = data.own_captions(split, images[rows]).to(device)
-            made.append(write_negatives(model, pictures, originals[rows].to(device), None, own, words, tokenizer, args, device_rng,
-                                        (masked[rows].to(device), labels[rows])))
-    sentences, valid = (torch.cat([getattr(part, name).cpu() for part in made]) for name in ("sentences", "valid"))
-    flat, each = sentences.flatten(0, 1), images.repeat_interleave(args.hard)
-    scores = evaluate.score_sentences(model, data, split, flat, each, device, args.dtype, args.score_batch)
-    discrimination, corrections = evaluate.judge_words(model, data, split, flat, each, device, args.dtype)
-    return dict(captions=captions, images=images, originals=originals, sentences=sentences, valid=valid, scores=scores.view_as(valid),
-                discrimination=discrimination.unflatten(0, valid.shape), corrections=corrections.view_as(sentences))
+        regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+        sentences, valid, _ = (x.cpu() for x in write_negatives(model, regions, batch, data.tokenizer, args, torch.Generator(device).manual_seed(args.seed)))
+    images = data.splits[split].image_of_caption[captions]
+    pairs = (model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard), device, args.dtype, args.score_batch)
+    discrimination, corrections = evaluate.judge_words(*pairs)
+    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid,
+                scores=evaluate.score_sentences(*pairs).sigmoid().view_as(valid), discrimination=discrimination.unflatten(0, valid.shape),
+                flagged=(discrimination[..., 0] > discrimination[..., 1]).view_as(sentences), corrections=corrections.view_as(sentences))
 
 
 def test_report(model, data, args, device, split="test"):
@@ -419,6 +418,8 @@ def test_report(model, data, args, device, split="test"):
         wrong = evaluate.one_word_wrong(data, split, args.seed)
         options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
         metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **options)
+    if args.root and (Path(args.root) / "coco_test_ids.npy").exists():
+        metrics.update(evaluate.eccv_metrics(scores, data, split, Path(args.root)))
     some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
     made = tailored_examples(model, data, split, some, args, device)
     keep = made["valid"].flatten()
@@ -426,7 +427,7 @@ def test_report(model, data, args, device, split="test"):
     originals = made["originals"].repeat_interleave(args.hard, 0)[keep]
     metrics.update(evaluate.word_metrics(flat["discrimination"], flat["corrections"], flat["sentences"], originals,
                                          flat["sentences"] != data.tokenizer.pad_id))
-    metrics["synthetic_score"] = made["scores"].flatten()[keep].sigmoid().mean().item()
+    metrics["synthetic_score"] = made["scores"].flatten()[keep].mean().item()
     if content.scenes:
         metrics.update(evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), made["sentences"].flatten(0, 1), keep))
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
@@ -446,12 +447,10 @@ def picture_negatives(path, data, split, scores, made, count=6):
         false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
         worst, generated = false.argmax().item(), []
         for h in made["valid"][n].nonzero()[:3, 0].tolist():
-            ids, original = made["sentences"][n, h], made["originals"][n]
-            real = [i for i in range(1, len(ids)) if ids[i] not in (data.tokenizer.pad_id, data.tokenizer.sep_id)]
-            flagged = (made["discrimination"][n, h, :, 0] > made["discrimination"][n, h, :, 1]).tolist()
-            fixes = [decode(made["corrections"][n, h, i].item()) if flagged[i] else None for i in real]
-            generated.append(([decode(ids[i].item()) for i in real], made["scores"][n, h].sigmoid().item(),
-                              [(ids[i] != original[i]).item() for i in real], [flagged[i] for i in real], fixes))
+            ids, flagged = made["sentences"][n, h], made["flagged"][n, h].tolist()
+            words = range(1, (ids != data.tokenizer.pad_id).sum().item() - 1)
+            generated.append(([decode(ids[i]) for i in words], made["scores"][n, h].item(), [(ids[i] != made["originals"][n, i]).item() for i in words],
+                              [flagged[i] for i in words], [decode(made["corrections"][n, h, i]) if flagged[i] else None for i in words]))
         rows.append(dict(picture=picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
                          retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
     evaluate.draw_negatives(path, rows)
