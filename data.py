@@ -1,10 +1,21 @@
-"""Data: tokenizer, phrases, region store, real data sets and the embedded scenes."""
-from collections import Counter
-from dataclasses import dataclass, field
+"""The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
+
+    words and word pieces        split_words, WordPiece, build_vocabulary
+    phrases of a caption         parse_phrases, read_phrases
+    the region store             write_regions, Regions
+    data sets and their batches  image_key, Split, Data
+    published region features    check_regions, describe_crops; the forms: TSV, npz, SCAN's npy, plain pictures
+    a data set on disk           load_data
+    the embedded world           Scene, draw, make_scenes, describes, identification_ceiling, load_scenes
+
+Letters: B images or captions of a batch, T tokens, R regions, F feature size, P phrases, C captions, I images.
+Masks are True where something real stands. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
+"""
+from collections import Counter, namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 import binascii
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -22,27 +33,38 @@ import numpy as np
 import torch
 
 class InputError(ValueError):
-    """Bad input. One line: what is wrong, where (file, row or image, field), how to mend it."""
+    """Bad input. Its text is one line: what is wrong, where (file, row or image, field), how to mend it."""
 
 @contextlib.contextmanager
 def _blame(where, left_out=None, mend="mend it, or pass --skip-bad to leave it out"):
-    """What goes wrong inside becomes an InputError of one line that names where, or a line of the list left_out."""
+    """Whatever goes wrong inside becomes an InputError of one line that names where, or an entry of the list left_out."""
     try:
         yield
-    except Exception as e:                              # numpy, Pillow, zipfile and base64 raise a dozen kinds
-        what = f"{where}: {e if type(e) in (ValueError, InputError) else f'{type(e).__name__} {e}'}"
+    except Exception as e:                               # numpy, Pillow, zipfile and base64 raise a dozen kinds
+        what = " ".join(f"{where}: {'' if type(e) in (ValueError, InputError) else type(e).__name__} {e}".split())
         if left_out is None:
-            raise (e if type(e) is InputError else InputError(" ".join(f"{what}; {mend}".split()))) from None
-        left_out.append(" ".join(what.split()))
+            raise (e if type(e) is InputError else InputError(f"{what}; {mend}")) from None
+        left_out.append(what)
 
-def _read(path, parse=lambda text: text.rstrip("\n").split("\n")):
-    with _blame(path, mend="a whole UTF-8 text file is expected here"):
+def _read(path, parse=lambda text: text.rstrip("\n").split("\n"), mend="a whole UTF-8 text file is expected here"):
+    with _blame(path, mend=mend):
         return parse(Path(path).read_text(encoding="utf-8"))
 
-# ---------------------------------------------------------------- words and word pieces
+def _remember(path, key, make, again=False):
+    """The JSON value of make(), or what the file `path` holds of it since the last call, if that had the same key."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):       # no such file, or a harmed one
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] == key and not again:
+            return kept["value"]
+    text, part = json.dumps({"key": key, "value": make()}), Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return json.loads(text)["value"]                     # of the same types as later
+
+# ---- words and word pieces -------------------------------------------------------------------------------------------
+
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
-                 r"\U0002f800-\U0002fa1f]")
+CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 @functools.lru_cache(1 << 18)
 def _cut(chunk):
@@ -52,7 +74,7 @@ def _cut(chunk):
 
 def split_words(text):
     """Caption -> words and punctuation marks, case kept. WordPiece.encode(text) is the words' pieces, concatenated."""
-    if not (text.isascii() and text.isprintable()):     # drop control characters, make every space a plain one
+    if not (text.isascii() and text.isprintable()):      # drop control characters, make every space a plain one
         kinds = [(c, "Zs" if c in "\t\n\r" else unicodedata.category(c)) for c in text if c != "\ufffd"]
         text = "".join(" " if kind == "Zs" else c for c, kind in kinds if kind[0] != "C")
     return [word for chunk in text.split() for word in _cut(chunk)]
@@ -65,8 +87,8 @@ def _plain(word):
 class WordPiece:
     """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
 
-    vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. first_word: lowest id that
-    may be sampled; those below are special or [unused]."""
+    vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. Raises InputError.
+    first_word: the lowest id that may be sampled; those below are special or [unused]."""
     def __init__(self, vocab, lowercase):
         self.tokens, self.lowercase = vocab if isinstance(vocab, list) else _read(vocab), lowercase
         self.ids, self._cache = {token: i for i, token in enumerate(self.tokens)}, {}
@@ -84,15 +106,12 @@ class WordPiece:
         return self._cache[word]
 
     def _longest_match(self, word):
-        ids, start = [], 0
-        while start < len(word):
-            pieces = ["##" * (start > 0) + word[start:end] for end in range(len(word), start, -1)]
-            piece = next((p for p in pieces if p in self.ids), None)
-            if piece is None or len(word) > 100:
-                return [self.unk_id]
-            ids.append(self.ids[piece])
-            start += len(piece) - 2 * (start > 0)
-        return ids
+        ids, rest = [], word
+        while rest and len(word) <= 100:
+            end = next((end for end in range(len(rest), 0, -1) if "##" * bool(ids) + rest[:end] in self.ids), len(rest))
+            ids.append(self.ids.get("##" * bool(ids) + rest[:end], self.unk_id))
+            rest = rest[end:]
+        return ids if ids and self.unk_id not in ids else [self.unk_id]
 
     def encode(self, text):
         """Text -> list of ids, without [CLS] and [SEP]."""
@@ -108,7 +127,143 @@ def build_vocabulary(captions, min_count):
     counts = Counter(part for text in captions for word in split_words(text) for part in _cut(_plain(word)))
     return SPECIALS + sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 
-# ---------------------------------------------------------------- the region store
+# ---- phrases of a caption --------------------------------------------------------------------------------------------
+
+# Tags: D before a noun, C conjunction, Q pronoun, R adverb, X auxiliary, P preposition, A adjective, N noun that looks like
+# something else, B verb, E past form; * marks verb forms that are as often nouns. Other words go by their ending.
+LEXICON = {word: tag for tag, text in {
+    "D": """a all an another both different each either few half her his its many more most much no other others own same several some
+        someones the their these this those various my our your""",
+    "C": """and as but how if or so that though what when where while whilst""",
+    "Q": """he here herself him himself i it itself me nothing she someone something them there they us we you which who""",
+    "R": """ahead almost also apart away backwards forward indoors just not outdoors overhead sideways somewhere still together too
+        upside upward very well yet""",
+    "X": """'re 's n't am are be been being can do does is may was were will would could should did""",
+    "P": """about above across after against along alongside among amongst around at atop before behind below beneath beside besides
+        between by down during for from in inside into like near of off on onto out outside over past through to toward towards under
+        underneath up upon with within without""",
+    "A": """adult airborne alone american antique asian asleep assorted autumn back bald bare bearded beige big black blond blonde blue
+        blurry bottom bright broken brown busy checkered chinese clean clear closed cloudy cold colored concrete crowded curly cute dark
+        dead deep dirty double dry dusty eight elderly empty extra fake fancy fast female first five flat fluffy foggy foreign four french
+        fresh front full funny furry giant gold golden good grassy gray great green grey happy hard healthy heavy high homemade hot huge
+        indoor jumbo large larger leafy left light liquid little lone long low lush male matching medium messy midair middle military mini
+        miniature mixed mobile modern muddy multi multicolored multiple naked narrow navy nearby neat neon new next nice old older one open
+        opposite ornate outdoor pink plain polar polka pretty purple quiet rainy ready red right ripe rocky rough round rusty sandy seated
+        seven shaggy shallow shiny short silver single six skinny small smaller snowy square steep straight strange striped sunny tall tan
+        tasty teenage thin three tidy tiny top two underwater urban vintage warm wet white wide wild wooden worn yellow young""",
+    "N": """animal building ceiling clothing family hospital metal painting picnic railing signal snowboarding traffic vegetable
+        wedding""",
+    "B": """appear approach attempt balance bat* bend bike* bite* block* blow bow* bowl* break brush* canoe* carry catch chase check
+        climb close* come contain cook corner* cover* craft cross* crouch dance display* drink* drive dust eat enjoy enter eye* face* fall
+        feature* feed fight flip* float fly follow fry gather get give go grab graze grill groom handle* hang have head* help hold include
+        jump* kayak* kick land* lap* lay lean leap leave lie lift like* line* load look* make match* move nap order pack* paddle paint
+        parade* park* pass perform pet photograph pick pile* pitch* place* play* point* pose prepare pull race* raft reach read relax rest*
+        ride* roll row* sail say see seem serve shake share shop* show* sit skate* skateboard* ski* sled sleep slice* slide* smile smoke
+        sniff snowboard* sort speed* splash spray sprinkle stack stand* stare step* stick* stir stop* surf* swim swing* take talk throw tie*
+        touch tour tow trail* train* travel try turn* type* use* view* wait walk* watch* wave* wear work*""",
+    "E": """bent built caught cut* drawn eaten fallen flown frozen heard held hit* hung kept laid lit made put* run* seen set* shot*
+        shown spread* stuck taken thrown tied used written"""}.items() for word in text.split()}
+NOUNLIKE = {word[:-1] for word in LEXICON if word[-1] == "*"}
+LEXICON = {word.rstrip("*"): tag for word, tag in LEXICON.items()}
+# Nouns that make a compound with an -ing word before them: dining room
+HEADS = set("""area bag bench bike board boat bowl cabinet cap cart chair costume court cup desk dish field fountain gear glass ground hat
+    house light lot machine meter outfit pan paper path pole pool rack ring room sheet shirt spoon station stick suit table track trail
+    tray trunk uniform wall""".split())
+PLURAL = set("people men women children kids sheep police cattle two three four both they we you".split())
+COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|(out|off|ahead) of|(in|out)side of|"
+                     r"in between|(in|on) to|because of|away from)\b")
+
+def _stems(word):
+    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
+
+def _first_tag(word):
+    """A word by itself: a tag of LEXICON, or G an -ing form, S an -s form of a verb, . a mark; N what is left."""
+    if word in LEXICON or not any(map(str.isalpha, word)):
+        return LEXICON.get(word, "A" if word.isdigit() else ".")
+    if len(word) > 4 and word.endswith(("ing", "ed")):
+        return "G" if word.endswith("ing") else "E"
+    if any(LEXICON.get(stem) in ("B", "E") for stem in _stems(word)):
+        return "S"
+    adjective = re.search("(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word[2:])
+    return "R" if word.endswith("ly") else "A" if adjective else "N"
+
+def _tags(words):
+    """The same in context: G E B S become V verb, A attribute or N noun; adjectives without a noun become nouns."""
+    tags = [*map(_first_tag, words), ".", ".", "."]
+    for i, word in enumerate(words):
+        before, last, tag, after = words[i - 1] if i else "", tags[i - 1] if i else "^", tags[i], tags[i + 1]
+        back = next((t for t in tags[:i][::-1] if t != "R"), "^")                # the last tag but adverbs
+        nominal, free = after in "NAGESB", not _stems(word) & NOUNLIKE
+        if word in ("has", "have", "had"):
+            tags[i] = "X" if after == "E" else "V"
+        elif before == "to" and tag in "BE" and words[i - 2] not in ("next", "close"):
+            tags[i] = "V"
+        elif before == "upside" or word == "one" and not nominal:
+            tags[i] = "R"
+        elif tag == "G" and last in "DAP^" and _stems(words[min(i + 1, len(words) - 1)]) & HEADS:
+            tags[i] = "N"
+        elif tag in "GE" and back in "DA":               # a running dog; a painting; all dressed
+            tags[i] = "A" if nominal else "N" if tag == "G" and last == "D" else "V"
+        elif tag == "G":
+            tags[i] = "A" if back + after == "^N" else "N" if not free and last == "P" else "V"
+        elif tag == "E":
+            tags[i] = "A" if nominal and back in "^PC.V" or back + after == "NN" and word not in LEXICON else "V"
+        elif tag in "SB":                                # a man rides, two men ride, a bus stop
+            agrees = (tag == "B") == (before in PLURAL or before[-1:] == "s") or free and tag == "S"
+            tags[i] = "V" if back == "X" or agrees and (back in "NQ" or before in PLURAL) else "N"
+        elif tag == "A" and not nominal and last in "DP" and word not in PLURAL:         # the young; but: is white and black
+            tags[i] = "A" if after + tags[i + 2] == "CA" and tags[i + 3] != "." else "N"
+    return tags
+
+def parse_phrases(words):
+    """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
+
+    Objects are nouns with the nouns before them; attributes adjectives, numbers and participles, each alone; relations verbs with
+    their prepositions, and prepositions between objects. Words in no phrase (articles, pronouns, forms of be, adverbs) are never masked.
+    >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
+    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
+    low, spans, phrases, i = [], [], [], 0               # words joined by hyphens count as one
+    for n, word in enumerate(word.lower() for word in words):
+        if 0 < n < len(words) - 1 and word == "-" or n > 1 and words[n - 1] == "-":
+            low[-1], spans[-1] = low[-1] + word, [*spans[-1], n]
+        else:
+            low.append(word), spans.append([n])
+    tags = _tags([word.rsplit("-", 1)[-1] or word for word in low])
+
+    def preposition(j):                                  # how many words, 0 if none
+        several = COMPLEX.match(" ".join(low[j:j + 4]))
+        return len(several[0].split()) if several else tags[j] == "P"
+
+    while i < len(low):
+        j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
+        if preposition(i):                               # between objects: a man in a hat, a tool for cutting
+            following = next(k for k in range(j, len(tags)) if tags[k] not in "DRAC")
+            gerund = tags[following] == "V" and low[following].endswith("ing")
+            kind = "relation" if "N" in tags[:i] and (tags[following] == "N" or gerund) else None
+        elif tags[i] == "N":
+            j = next(k for k in range(i, len(tags)) if tags[k] != "N")
+        while tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"]:
+            j += preposition(j)
+        phrases += [(kind, [p for span in spans[i:j] for p in span])] if kind else []
+        i = j
+    return phrases
+
+def read_phrases(path):
+    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
+    The file may cut words otherwise than we do (can't: ca n't, or can ' t), so tokens and words are matched by their letters."""
+    table, mend = {}, 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+    for i, entry in enumerate(_read(path, lambda text: list(json.loads(text)), mend)):
+        with _blame(f"{path} entry {i}", mend=mend):
+            words, groups = split_words(entry["caption"]), [set(phrase["tokens"]) for phrase in entry["phrases"] if phrase["tokens"]]
+            letters = [t for t, token in enumerate(entry["tokens"]) for _ in "".join(split_words(token))]        # token of each letter
+            if len(letters) != sum(map(len, words)) or not set().union(*groups) <= set(range(len(entry["tokens"]))):
+                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
+            owners = [{letters.pop(0) for _ in word} for word in words]
+            table[" ".join(entry["caption"].split())] = words, [[w for w, own in enumerate(owners) if own & group] for group in groups]
+    return table
+
+# ---- the region store ------------------------------------------------------------------------------------------------
+
 MAGIC = b"TAGSDC-REGIONS-1"
 
 def _record(feature_size):
@@ -117,17 +272,18 @@ def _record(feature_size):
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
 
-    items: iterator of (name, features (R,F), boxes (R,4) x1 y1 x2 y2 in 0..1), or a function that makes one, given what
-    is stored already (a dict by name). source: JSON-able description of where the features came from. The file takes
-    its name only when complete; a killed conversion goes on behind the last image in its log. After the records come
-    a JSON header (source; of each image name, region count, CRC-32, feature size, end), its length, a magic word."""
-    part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}     # rows: name -> [count, CRC-32, size, end]
-    if part.exists() and log.exists():
-        logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]       # whole lines
-        rows = {name: row for name, *row in logged[1:] if [source] == logged[0] and row[3] <= part.stat().st_size}
+    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by
+    name). source: JSON-able description of where the features came from. The file takes its name only when complete; a killed
+    conversion goes on behind the last image in its log. After the records come a JSON header (source; of each image its name,
+    region count, CRC-32, feature size and end), the header's length and a magic word. Raises InputError if there are no images."""
+    part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}      # rows: name -> [count, CRC-32, size, end]
     part.parent.mkdir(parents=True, exist_ok=True)
-    start, resumed = time.time(), len(rows)
-    with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8") as lines:
+    with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
+        first, *logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]        # whole lines
+        rows = {name: row for name, *row in logged if first == [source] and row[3] <= part.stat().st_size}
+    alive, resumed = sys.stderr.isatty(), len(rows)
+    start = told = time.monotonic()
+    with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
         lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
         for name, features, boxes in items(rows) if callable(items) else items:
@@ -138,11 +294,10 @@ def write_regions(path, items, source):
             data.write(records)
             rows[name] = [len(records), zlib.crc32(records), features.shape[1], data.tell()]
             lines.write(json.dumps([name, *rows[name]]) + "\n")
-            if len(rows) % 500 == 0:
-                data.flush(), lines.flush()
-                rate = (len(rows) - resumed) / (time.time() - start)
-                print(f"\rregions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {rate:.0f} images/s ", end="",
-                      file=sys.stderr, flush=True)
+            if (now := time.monotonic()) - told > (1 if alive else 10):  # a terminal's line is written over, a log gets few
+                told, rate = now, (len(rows) - resumed) / (now - start)
+                line = f"regions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {rate:.0f} images/s"
+                print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
         if not rows:
             raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
         header = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))
@@ -151,10 +306,12 @@ def write_regions(path, items, source):
         data.flush(), os.fsync(data.fileno())
     os.replace(part, path)
     log.unlink()
-    print(end="\n" * (len(rows) >= 500), file=sys.stderr)
+    print(end="\n" * (alive and told > start), file=sys.stderr)
 
 class Regions:
-    """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images."""
+    """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images.
+
+    names: list of str. counts: (I,) regions of each image. Raises InputError if the file is missing or harmed."""
     def __init__(self, path):
         with _blame(path, mend="delete it, and it is made again from its source"), open(path, "rb") as file:
             file.seek(-24, os.SEEK_END)
@@ -167,10 +324,13 @@ class Regions:
             for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
                 if zlib.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
                     raise ValueError(f"image {self.names[i]} fails its checksum")
-        self._rows = {image_key(name): i for i, name in enumerate(self.names)}
 
     def __len__(self):
         return len(self.names)
+
+    @functools.cached_property
+    def _rows(self):
+        return {image_key(name): i for i, name in enumerate(self.names)}
 
     def row(self, *names):
         """Row of the image that goes by one of these names (file name or COCO id in any convention), else None."""
@@ -180,9 +340,9 @@ class Regions:
         """rows (B,) -> features (B,R,F), boxes (B,R,7) x1 y1 x2 y2 w h area, mask (B,R); R = most in this batch."""
         counts = self.counts[rows]
         steps = np.arange(counts.max(initial=1))
-        mask = steps < counts[:, None]                                          # (B,R)
-        index = (self._ends[rows] - counts)[:, None] + steps * mask             # padding repeats the first region
-        records, split = np.take(self._bytes, index.ravel(), axis=0), 2 * self.feature_size        # (B*R, bytes)
+        mask = steps < counts[:, None]                                           # (B,R)
+        index = (self._ends[rows] - counts)[:, None] + steps * mask              # padding repeats the first region
+        records, split = np.take(self._bytes, index.ravel(), axis=0), 2 * self.feature_size                 # (B*R, bytes)
         features = torch.from_numpy(records[:, :split].view(np.float16)).float().view(*index.shape, self.feature_size)
         corner = torch.from_numpy(records[:, split:].copy().view(np.float32)).view(*index.shape, 4)
         sides, mask = corner[..., 2:] - corner[..., :2], torch.from_numpy(mask)
@@ -190,9 +350,9 @@ class Regions:
         features[~mask], boxes[~mask] = 0, 0
         return features, boxes, mask
 
-# ---------------------------------------------------------------- data set, splits, batches
-NAME = re.compile(r"(.*[/\\])?((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?(?P<stem>.*?)"
-                  r"(\.(jpe?g|png|np[yz]))?", re.DOTALL)
+# ---- data sets and their batches -------------------------------------------------------------------------------------
+
+NAME = re.compile(r"(.*[/\\])?((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?(?P<stem>.*?)(\.(jpe?g|png|np[yz]))?", re.DOTALL)
 
 def image_key(name):
     """What two names of one picture share: COCO_val2014_000000391895.jpg, coco_val2014_...npz and 391895 are 391895."""
@@ -202,12 +362,12 @@ def image_key(name):
 @dataclass
 class Split:
     """Images and captions of train, val or test. Captions of one image stand together, images in order."""
-    images: list                                # names
-    rows: np.ndarray                            # (I,) row of each image in the region store
+    images: list                                         # names
+    rows: np.ndarray                                     # (I,) row of each image in the region store
     captions: list
-    image_of_caption: torch.Tensor              # (C,) long
-    phrases: list = None                        # per caption (words, [[word positions] of a phrase]), or None: parse it
-    scenes: list = None                         # only in the embedded world: the Scene of each image
+    image_of_caption: torch.Tensor                       # (C,) long
+    phrases: list = None                                 # per caption (words, [[word positions] of a phrase]), or None: parse it
+    scenes: list = None                                  # only in the embedded world: the Scene of each image
 
 @dataclass
 class Data:
@@ -215,64 +375,67 @@ class Data:
     name: str
     tokenizer: WordPiece
     regions: Regions
-    splits: dict                                # "train", "val", "test"; a data set may lack some
-    max_text: int = 64                          # longest text in tokens with [CLS] and [SEP]; the rest is cut off
-    notes: list = field(default_factory=list)   # what was found, left out or guessed, a line each
+    splits: dict                                         # "train", "val", "test"; a data set may lack some
+    max_text: int = 64                                   # longest text in tokens with [CLS] and [SEP]; the rest is cut off
+    notes: tuple = ()                                    # what was found, left out or guessed, a line each
 
     def __post_init__(self):
         self.feature_size, self._cache = self.regions.feature_size, {}
 
-    def _encoded(self, split_name, captions):
-        """captions (B,) -> token ids (B,T), and as (B,T) of bits the phrases that each token belongs to; kept."""
+    def _batch(self, split_name, captions, encode, padding):
+        """encode(split, c) is a number a token; of captions (B,) -> (B,T) int64 array, padded; kept for the next time."""
         split, captions = self.splits[split_name], np.asarray(captions)
-        if split_name not in self._cache:               # untouched pages of these arrays take no memory
+        if (split_name, encode) not in self._cache:      # untouched pages of these arrays take no memory
             shape = len(split.captions), self.max_text
-            self._cache[split_name] = np.zeros(shape, np.int32), np.zeros(shape[0], int), np.zeros(shape, np.uint64)
-        ids, lengths, bits = self._cache[split_name]
+            self._cache[split_name, encode] = np.zeros(shape, np.int64), np.zeros(shape[0], np.int64)
+        table, lengths = self._cache[split_name, encode]
         for c in captions[lengths[captions] == 0].tolist():
-            words, phrases = (split.phrases and split.phrases[c]) or (split_words(split.captions[c]), None)
-            phrases = [at for _, at in parse_phrases(words)] if phrases is None else phrases
-            word_bits = np.zeros(len(words), np.uint64)
-            # without a single phrase every word is its own (METHOD 3.1); the bits hold at most 64 phrases
-            for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:64]):
-                word_bits[positions] |= np.uint64(1 << p)
-            pieces = [self.tokenizer.pieces(word) for word in words]
-            flat = [i for word in pieces for i in word][:self.max_text - 2]
-            ids[c] = self.tokenizer.pad_id
-            ids[c, :len(flat) + 2] = [self.tokenizer.cls_id, *flat, self.tokenizer.sep_id]
-            bits[c, 1:len(flat) + 1] = np.repeat(word_bits, [len(word) for word in pieces])[:len(flat)]
-            lengths[c] = len(flat) + 2
-        longest = lengths[captions].max(initial=2)
-        return ids[captions, :longest], bits[captions, :longest]
+            row = encode(split, c)
+            table[c, :len(row)], table[c, len(row):], lengths[c] = row, padding, len(row)
+        return table[captions, :lengths[captions].max(initial=2)]
+
+    def _ids(self, split, c):
+        return [self.tokenizer.cls_id, *self.tokenizer.encode(split.captions[c])[:self.max_text - 2], self.tokenizer.sep_id]
+
+    def _phrase_bits(self, split, c):
+        """Of each token the phrases that it belongs to, phrase p as bit p. Without a single phrase every word is one (METHOD 3.1)."""
+        words, phrases = split.phrases and split.phrases[c] or (split_words(split.captions[c]), None)
+        phrases = [at for _, at in parse_phrases(words)] if phrases is None else phrases
+        bits = np.zeros(len(words), np.int64)
+        for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:62]):       # as many as int64 has bits
+            bits[positions] |= 1 << p
+        bits = np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])
+        return [0, *bits[:self.max_text - 2], 0]
 
     def text(self, split_name, captions):
-        """captions (B,) -> input_ids (B,T): [CLS] words [SEP], padded to the longest of the batch."""
-        return torch.from_numpy(self._encoded(split_name, captions)[0]).long()
+        """captions (B,) -> input_ids (B,T) long: [CLS] words [SEP], padded to the longest of the batch."""
+        return torch.from_numpy(self._batch(split_name, captions, self._ids, self.tokenizer.pad_id))
 
     def phrases(self, split_name, captions):
         """captions (B,) -> (B,P,T) bool, aligned with text(): True = the token belongs to the phrase."""
-        bits = self._encoded(split_name, captions)[1][:, None]
-        numbers = np.arange(int(bits.max(initial=1)).bit_length(), dtype=np.uint64)[:, None]
-        return torch.from_numpy((bits >> numbers) & np.uint64(1) > 0)
+        bits = self._batch(split_name, captions, self._phrase_bits, 0)[:, None]                  # (B,1,T)
+        numbers = np.arange(int(bits.max(initial=1)).bit_length())[:, None]                      # (P,1)
+        return torch.from_numpy(bits >> numbers & 1 > 0)
 
     def image(self, split_name, images):
         """images (B,) -> features (B,R,F), boxes (B,R,7), region_mask (B,R)."""
         return self.regions.gather(self.splits[split_name].rows[np.asarray(images)])
 
     def own_captions(self, split_name, images):
-        """images (B,) -> (B,C,T') ids of all captions of each image; rows beyond an image's captions are all pad."""
+        """images (B,) -> (B,C,T) ids of all captions of each image; rows beyond an image's captions are all pad."""
         owner, images = self.splits[split_name].image_of_caption.numpy(), np.asarray(images)
         first, last = np.searchsorted(owner, images, "left"), np.searchsorted(owner, images, "right")
         steps = np.arange((last - first).max(initial=1))
-        real = steps < (last - first)[:, None]                                  # (B,C)
+        real = steps < (last - first)[:, None]                                   # (B,C)
         texts = self.text(split_name, (first[:, None] + steps * real).ravel()).view(*real.shape, -1)
         texts[~torch.from_numpy(real)] = self.tokenizer.pad_id
         return texts
 
-# ---------------------------------------------------------------- region features as they are published
+# ---- published region features ---------------------------------------------------------------------------------------
+
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
-TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                    # bottom-up-attention
-               10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}      # LXMERT
+TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                             # bottom-up-attention
+               10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}               # LXMERT
 
 def _tsv_row(columns):
     if len(columns) not in TSV_COLUMNS:
@@ -281,7 +444,7 @@ def _tsv_row(columns):
     count, arrays = int(row["num_boxes"]), {"size": (int(row["w"]), int(row["h"]))}
     for name, width in (("boxes", 4), ("features", 0), ("objects_conf", 1)):
         if name in row:
-            data = binascii.a2b_base64(row[name] + b"==")       # a field that is cut off is then too short
+            data = binascii.a2b_base64(row[name] + b"==")                        # a field that is cut off is then too short
             if count < 1 or not data or len(data) % (4 * count) or width and len(data) != 4 * count * width:
                 raise ValueError(f"{name} has {len(data):,} bytes, not as many as num_boxes {count} needs")
             arrays[name.split("_")[-1]] = np.frombuffer(data, np.float32).reshape((count, -1) if width != 1 else -1)
@@ -312,27 +475,25 @@ def _precomp(path):
     return array, names
 
 def describe_crops(picture, boxes):
-    """Appearance of boxes (R, 4), fractions of a PIL picture, from its pixels alone: (R, 256) float32 in [-1, 1].
+    """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) float32 in [-1, 1].
 
-    A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144).
-    """
-    width, height = picture.size
-    crops = np.stack([np.asarray(picture.resize((24, 24), Image.BOX, (x1 * width, y1 * height, x2 * width, y2 * height)))
-                      for x1, y1, x2, y2 in np.asarray(boxes, np.float64)]) / np.float32(256)                    # (R, 24, 24, 3)
-    n = len(crops)
+    A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
+    places = np.asarray(boxes, np.float64) * [*picture.size, *picture.size]
+    crops = np.stack([np.asarray(picture.resize((24, 24), Image.BOX, tuple(place))) for place in places]) / np.float32(256)
+    n = len(crops)                                                                                               # (R,24,24,3)
     thumbnail = crops.reshape(n, 4, 6, 4, 6, 3).mean((2, 4)).reshape(n, 48)
-    histogram = np.sqrt((((crops * 4).astype(int) @ [16, 4, 1]).reshape(n, -1, 1) == np.arange(64)).mean(1))     # (R, 64)
+    histogram = np.sqrt((((crops * 4).astype(int) @ [16, 4, 1]).reshape(n, -1, 1) == np.arange(64)).mean(1))     # (R,64)
     dy, dx = np.gradient(crops.mean(-1), axis=(1, 2))
-    direction = np.floor(np.arctan2(dy, dx) * 4 / np.pi + 0.5).astype(int) % 4                                   # (R, 24, 24)
+    direction = np.floor(np.arctan2(dy, dx) * 4 / np.pi + 0.5).astype(int) % 4                                   # (R,24,24)
     edges = np.hypot(dx, dy)[..., None] * (direction[..., None] == np.arange(4))
     edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
     return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
 
 def _grid_cells(path):
     """No detector: the whole picture and its 4 x 4 cells."""
+    cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+    boxes = np.concatenate([WHOLE_IMAGE, cells])
     with Image.open(path) as picture:
-        cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
-        boxes = np.concatenate([WHOLE_IMAGE, cells])
         return dict(features=describe_crops(picture.convert("RGB"), boxes), boxes=boxes)
 
 def _entries(form, files, sizes):
@@ -340,11 +501,10 @@ def _entries(form, files, sizes):
     for path in files:
         if form in ("npz", "images"):
             yield path.name, path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
-        elif form == "precomp":                         # no boxes: every region gets the box of the whole image
+        elif form == "precomp":                          # no boxes: every region gets the box of the whole image
             array, names = _precomp(path)
             for i, name in enumerate(names):
-                yield name, f"{path} image {i}", lambda: dict(
-                    features=np.array(array[i]), boxes=WHOLE_IMAGE.repeat(array.shape[1], 0))
+                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=WHOLE_IMAGE.repeat(array.shape[1], 0))
         else:
             with open(path, "rb") as rows:
                 for number, line in enumerate(rows, 1):
@@ -366,7 +526,7 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
             raise ValueError(f"{name} is not finite in float16")
     boxes = np.asarray(boxes, np.float32) / (1 if size is None else np.array([*size, *size], np.float32))
     wrong = (boxes < -0.01).any(1) | (boxes > 1.01).any(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if wrong.any():                                     # up to 1% outside is rounding, and is clipped
+    if wrong.any():                                      # up to 1% outside is rounding, and is clipped
         raise ValueError(f"box {wrong.argmax()} is outside its image or inside out: x1 y1 x2 y2 = "
                          f"{np.round(boxes[wrong.argmax()], 3).tolist()} of width and height")
     if conf is not None:
@@ -378,30 +538,31 @@ def _checked(entries, done, left_out):
     """_entries -> items for write_regions, each picture once; the bad ones go to left_out if that is a list."""
     seen, widths = set(map(image_key, done)), {row[2] for row in done.values()}
     for name, where, read in entries:
-        if image_key(name) not in seen:
+        if (key := image_key(name)) not in seen:
             with _blame(where, left_out):
                 features, boxes = check_regions(**read())
                 if not widths <= {features.shape[1]}:
                     raise ValueError(f"features are {features.shape[1]} wide, unlike those before ({widths})")
-                seen.add(image_key(name)), widths.add(features.shape[1])
-            if image_key(name) in seen:
+                seen.add(key), widths.add(features.shape[1])
+            if key in seen:
                 yield name, features, boxes
 
-# ---------------------------------------------------------------- what lies under a root
-NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip)
-and one of: *.tsv (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of
-*.npz (UNITER's extractor: coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt,
-dev_..., test_...; needs no JSON), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing
-that would do: the JSON and images/ with the pictures that it names""".replace("\n", " ")
-FORMS = {"tsv": (".tsv",), "npz": (".npz",), "precomp": ("_ims.npy",), "images": (".jpg", ".jpeg", ".png")}
+# ---- a data set on disk ----------------------------------------------------------------------------------------------
+
+NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
+(bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
+coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt, dev_..., test_...; needs no JSON), images/
+(COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that would do: the JSON and images/ with the pictures that
+it names""".replace("\n", " ")
+FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):
-    """-> (form, files), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or
-    *train2014 and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
+    """-> (form, files), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
+    and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
     for form, endings in FORMS.items():
-        found = [f for f in files or [Path(place)] if f.is_file() and f.name.lower().endswith(endings) and (
-            form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", str(f.relative_to(place))))]
+        found = [Path(f) for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
+            form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", f[len(str(place)):]))]
         found = [f for f in found if f.name != "test_ims.npy" or f.with_name("testall_ims.npy") not in found]
         if form == "precomp" and len({f.parent for f in found}) > 1:
             raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
@@ -411,10 +572,9 @@ def find_features(place, anywhere):
 
 def read_captions(path, left_out):
     """Karpathy's JSON -> {split: [(name, COCO id or name, (width, height) or None, first five captions)]}."""
-    splits, seen, images = {"train": [], "val": [], "test": []}, set(), _read(path, json.loads)
-    with _blame(path, mend='Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'):
-        images = list(images["images"])
-    for i, image in enumerate(images):
+    splits, seen = {"train": [], "val": [], "test": []}, set()
+    form = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
+    for i, image in enumerate(_read(path, lambda text: list(json.loads(text)["images"]), form)):
         with _blame(f"{path} image {i} ({str(image)[:60]})", left_out):
             name = str(image["filename"] if "filename" in image else image["cocoid"])
             for part in (name, str(image.get("filepath", ""))):
@@ -438,250 +598,95 @@ def read_precomp_captions(paths):
         names, caps = _precomp(path)[1], path.with_name(path.name.replace("_ims.npy", "_caps.txt"))
         texts, split = [" ".join(text.split()) for text in _read(caps)], path.name.split("_")[0]
         if len(texts) != 5 * len(names) or not all(texts):
-            raise InputError(f"{caps}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of "
-                             f"{path.name}; five captions each are expected")
+            raise InputError(f"{caps}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of {path.name}; "
+                             "five captions each are expected")
         splits[{"dev": "val", "testall": "test"}.get(split, split)] = [
             (name, name, None, texts[5 * i:5 * i + 5]) for i, name in enumerate(names)]
     return splits
 
-def read_phrases(path):
-    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
-    The file's tokens may be cut otherwise than our words (can't: ca n't, or can ' t): they are matched by letters."""
-    table, mend = {}, 'entries {"caption", "tokens", "phrases": [{"tokens": [indices]}]} are expected'
-    for i, entry in enumerate(_read(path, json.loads)):
-        with _blame(f"{path} entry {i}", mend=mend):
-            words, tokens = split_words(entry["caption"]), [split_words(token) for token in entry["tokens"]]
-            owner = [t for t, token in enumerate(tokens) for _ in "".join(token)]       # token of each letter
-            ends = np.cumsum([0] + [len(word) for word in words])
-            groups = [set(phrase["tokens"]) for phrase in entry["phrases"]]
-            if len(owner) != ends[-1] or not set().union(*groups) <= set(range(len(tokens))):
-                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
-            table[" ".join(entry["caption"].split())] = words, [
-                [w for w in range(len(words)) if group & set(owner[ends[w]:ends[w + 1]])] for group in groups if group]
-    return table
+def _stamp(files):
+    """What changes when one of these files does."""
+    stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
+    return {"files": len(files), "bytes": sum(size for _, size, _ in stats), "first": str(files[0]),
+            "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
 
-def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None,
-              store="data", min_count=3, max_text=64):
+def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
+              min_count=3, max_text=64):
     """Whatever form of a data set lies under root -> Data. Raises InputError.
 
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
-    features: file or folder of the region features, if not below root.   phrases: JSON file instead of parse_phrases.
-    tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words
-    seen min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
-    store: folder for the converted features; used again while the source files' names, sizes and times are the same.
+    features: file or folder of the region features, if not below root. phrases: JSON file instead of parse_phrases.
+    tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words seen
+    min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
+    store: folder for what is made from the sources, used again while their names, sizes and times are the same.
     skip_bad: leave out what cannot be used, and count it in Data.notes."""
-    captions, left_out = Path(name), [] if skip_bad else None
+    captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
     root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
     if captions.suffix != ".json":
-        exact = root / f"dataset_{name}.json"
-        others = sorted(root.glob(f"dataset_{name}*.json")) or sorted(root.glob("dataset_*.json")) or [exact]
-        captions = exact if exact.exists() else others[0]
+        patterns = (f"dataset_{name}.json", f"dataset_{name}*.json", "dataset_*.json")
+        captions = next((path for pattern in patterns for path in sorted(root.glob(pattern))), root / patterns[0])
     form, files = find_features(features or root, bool(features))
-    scan = form == "precomp" and not (captions.is_file() and all(
-        Path(str(f).replace("_ims.npy", "_names.txt")).exists() for f in files))
+    named = all(Path(str(f).replace("_ims.npy", "_names.txt")).exists() for f in files)
+    scan = form == "precomp" and not (captions.is_file() and named)              # SCAN's own captions go with its arrays
     if not files or not (scan or captions.is_file()):
         lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
         raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
-    listed = read_precomp_captions(files) if scan else read_captions(captions, left_out)
-    captions, place = (files[0].parent if scan else captions), files[0].parent
+    place, captions = files[0].parent, files[0].parent if scan else captions
 
-    stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
-    source = {"form": form, "files": len(files), "bytes": sum(size for _, size, _ in stats), "first": str(files[0]),
-              "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
-    target = Path(store) / "regions.bin"
-    if not (target.exists() and Regions(target).source == source):
-        sizes = {image_key(n): size for images in listed.values() for n, _, size, _ in images if size}
+    @functools.cache
+    def listed():                                        # read only when something is to be made anew
+        return read_precomp_captions(files) if scan else read_captions(captions, left_out)
+
+    source, target = {"form": form, **_stamp(files)}, store / "regions.bin"
+    regions = Regions(target) if target.exists() else None
+    if regions is None or regions.source != source:
+        sizes = {image_key(n): size for images in listed().values() for n, _, size, _ in images if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
-    regions = Regions(target)
+        regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
         raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; "
                          "name the features that it was trained on with --features")
 
+    def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
+        found = {}
+        for split, images in listed().items():
+            for image, cocoid, _, texts in images:
+                with _blame(f"{captions} image {image} ({split})", left_out):
+                    if (row := regions.row(image, cocoid)) is None:
+                        raise ValueError(f"captions without features: no such image in {place}")
+                    found.setdefault(split, []).append((image, row, texts))
+        return [{split: list(zip(*images)) for split, images in found.items()}, left_out]
+
+    key = [source, _stamp([*captions.glob("*.txt")] or files if scan else [captions]), skip_bad]
+    matched, left_out = _remember(store / "captions.json", key, match)
     table, splits = read_phrases(phrases) if phrases else {}, {}
-    for split, images in listed.items():
-        found = []
-        for image, cocoid, _, texts in images:
-            with _blame(f"{captions} image {image} ({split})", left_out):
-                if regions.row(image, cocoid) is None:
-                    raise ValueError(f"captions without features: no such image in {place}")
-                found.append((image, regions.row(image, cocoid), texts))
-        if found:
-            names, rows, texts = zip(*found)
-            owner = torch.arange(len(found)).repeat_interleave(torch.tensor([len(own) for own in texts]))
-            texts = [text for own in texts for text in own]
-            parsed = [table.get(text) for text in texts] if phrases else None
-            splits[split] = Split(list(names), np.array(rows), texts, owner, parsed)
+    for split, (names, rows, texts) in matched.items():
+        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
+        texts = [text for own in texts for text in own]
+        splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
     if not splits:
         raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
     if tokens is None and (root / "vocab.txt").exists():
         tokens = _read(root / "vocab.txt")
     elif tokens is None and "train" not in splits:
-        raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under "
-                         f"{root}, or evaluate a checkpoint, which has its own")
-    tokens = tokens or build_vocabulary(splits["train"].captions, min_count)
-    capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
+        raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under {root}, "
+                         "or evaluate a checkpoint, which has its own")
+    tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
     if phrases:
         known = [text in table for split in splits.values() for text in split.captions]
-        notes.append(f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed")
-    if left_out:
-        notes.append(f"left out {len(left_out):,}, the first: {left_out[0]}")
+        notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"]
+    notes += [f"left out {len(left_out):,}, the first: {left_out[0]}"] if left_out else []
+    capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
     return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
 
-# ---------------------------------------------------------------- phrases of a caption
-# Tags: D before a noun, C conjunction, Q pronoun, R adverb, X auxiliary, P preposition, A adjective, N noun that looks
-# like something else, B verb, E past form; * marks verb forms that are as often nouns. Other words go by their ending.
-LEXICON = {word: tag for tag, text in {
-    "D": """a all an another both different each either few half her his its many more most much no other others own
-    same several some someones the their these this those various my our your""",
-    "C": """and as but how if or so that though what when where which while whilst who""",
-    "Q": """he here herself him himself i it itself me nothing she someone something them there they us we you""",
-    "R": """ahead almost also apart away backwards extremely forward indoors just not only outdoors overhead really
-    sideways somewhere still together too upside upward very well yet""",
-    "X": """'re 's n't am are be been being can do does is may was were will would could should did""",
-    "P": """about above across after against along alongside among amongst around at atop before behind below beneath
-    beside besides between by down during for from in inside into like near of off on onto out outside over past through
-    to toward towards under underneath up upon with within without""",
-    "A": """adult airborne alone american antique asian asleep assorted autumn back bald bare bearded beige big black
-    blond blonde blue blurry bottom bright broken brown busy checkered chinese clean clear closed cloudy cold colored
-    concrete crowded curly cute dark dead deep dirty double dry dusty eight elderly empty extra fake fancy fast female
-    first five flat fluffy foggy foreign four french fresh front full funny furry giant gold golden good grassy gray
-    great green grey happy hard healthy heavy high homemade hot huge indoor jumbo large larger leafy left light liquid
-    little lone long low lush male matching medium messy midair middle military mini miniature mixed mobile modern muddy
-    multi multicolored multiple naked narrow navy nearby neat neon new next nice old older one open opposite ornate
-    outdoor pink plain polar polka pretty purple quiet rainy ready red right ripe rocky rough round rusty sandy seated
-    seven shaggy shallow shiny short silver single six skinny small smaller snowy square steep straight strange striped
-    sunny tall tan tasty teenage thin three tidy tiny top two underwater urban vintage warm wet white wide wild wooden
-    worn yellow young""",
-    "N": """animal building ceiling clothing family hospital metal painting picnic railing signal snowboarding table
-    traffic vegetable wedding""",
-    "B": """appear approach attempt balance bat* bend bike* bite* block* blow bow* bowl* break brush* canoe* carry catch
-    chase check climb close* come contain cook corner* cover* craft cross* crouch dance display* drink* drive dust eat
-    enjoy enter eye* face* fall feature* feed fight flip* float fly follow fry gather get give go grab graze grill groom
-    handle* hang have head* help hold include jump* kayak* kick land* lap* lay lean leap leave lie lift like* line* load
-    look* make match* move nap order pack* paddle paint parade* park* pass perform pet photograph pick pile* pitch*
-    place* play* point* pose prepare pull race* raft reach read relax rest* ride* roll row* sail say see seem serve
-    shake share shop* show* sit skate* skateboard* ski* sled sleep slice* slide* smile smoke sniff snowboard* sort
-    speed* splash spray sprinkle stack stand* stare step* stick* stir stop* surf* swim swing* take talk throw tie* touch
-    tour tow trail* train* travel try turn* type* use* view* wait walk* watch* wave* wear work*""",
-    "E": """bent built caught cut* drawn eaten fallen flown frozen heard held hit* hung kept laid lit made put* run*
-    seen set* shot* shown sliced spread* stuck taken thrown tied used written"""}.items()
-    for word in text.split()}
-NOUNLIKE = {word[:-1] for word in LEXICON if word[-1] == "*"}
-LEXICON = {word.rstrip("*"): tag for word, tag in LEXICON.items()}
-# Nouns that make a compound with an -ing word before them: dining room
-HEADS = set("""area bag bench bike board boat bowl cabinet cap cart chair costume court cup desk dish field fountain
-    gear glass ground hat house light lot machine meter outfit pan paper path pole pool rack ring room sheet shirt spoon
-    station stick suit table track trail tray trunk uniform wall""".split())
-PLURAL = set("people men women children kids sheep police cattle two three four both they we you who that".split())
-PARTICLES = set("up down out off over on in about around along through across by back to with at".split())
-FLOATING = {"all", "each", "both", "other", "others", "another", "some", "many"}
-NOUNABLE = set("light top back front side orange male female adult bottom square metal".split())
-COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|"
-                     r"(out|off|ahead) of|(in|out)side of|in between|(in|on) to|because of|away from)\b")
-
-def _stems(word):
-    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-
-def _first_tag(word):
-    """A word by itself: a tag of LEXICON, or G an -ing form, S an -s form of a verb, . a mark; N what is left."""
-    if word in LEXICON or not any(map(str.isalpha, word)):
-        return LEXICON.get(word, "A" if word.isdigit() else ".")
-    if len(word) > 4 and word.endswith(("ing", "ed")):
-        return "G" if word.endswith("ing") else "E"
-    if any(LEXICON.get(stem) in ("B", "E") for stem in _stems(word)):
-        return "S"
-    adjective = re.search("(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word[2:])
-    return "R" if word.endswith("ly") else "A" if adjective else "N"
-
-def _tags(words):
-    """The same in context: G E B S become V verb, A attribute or N noun; adjectives without a noun become nouns."""
-    tags, finite, plural = [*map(_first_tag, words), ".", "."], False, False
-    for i, word in enumerate(words):
-        before, last = (words[i - 1], tags[i - 1]) if i else ("", "^")
-        first = tag = tags[i]
-        after, back = tags[i + 1], next((t for t in tags[:i][::-1] if t != "R"), "^")        # back: the last no adverb
-        nominal, free = after in "NAGESB", not _stems(word) & NOUNLIKE
-        if word in ("has", "have", "had"):
-            tag = "X" if after == "E" else "V"
-        elif before == "to" and tag in "BE" and words[i - 2] not in ("next", "close"):
-            tag = "V"
-        elif before == "upside" or word == "one" and not nominal:
-            tag = "R"
-        elif tag == "G" and last in "DAP^" and _stems(words[min(i + 1, len(words) - 1)]) & HEADS:
-            tag = "N"
-        elif tag in "GE" and back in "DA" and before not in FLOATING:
-            tag = "A" if nominal else "N" if tag == "G" and last == "D" else "V"
-        elif tag in "GE" and word in NOUNLIKE and (last == "P" or last == "N" and after not in "DPQ"):
-            tag = "N"
-        elif tag in "GE":
-            modifies = back + after == "^N" if tag == "G" else nominal and back in "^PC.V" or (
-                back + after == "NN" and word not in LEXICON)
-            tag = "A" if modifies else "V"
-        elif tag in "SB":
-            relative = before in ("who", "that", "which")
-            subject = back in "NQ" or relative or before in FLOATING or tag == "B" and before in PLURAL
-            agrees = relative or (tag == "B") == plural or free and tag == "S"
-            joined = last == "C" and (free or after in "DPQ") and "V" in tags[:i]
-            tag = "V" if back == "X" or joined or subject and agrees and not finite and (
-                free or after in "DPRQC.X") else "N"
-        elif tag == "A" and (word in NOUNABLE and last == "N" and after not in "NA" or not nominal and (
-                word in NOUNABLE and last == "A" or last in "DP" and word not in PLURAL)):
-            tag = "A" if after + tags[i + 2] == "CA" and (tags + ["."])[i + 3] != "." else "N"
-        elif before == "hot" and word[:3] == "dog":
-            tags[i - 1] = "N"
-        tags[i] = tag
-        finite = tag == "X" or tag == "V" and first in "SB" or finite and tag != "C"
-        plural = word in PLURAL or (word[-1:] == "s" and word[-2:] != "ss" or plural and last in "CA"
-                                    or tags[max(i - 2, 0):i] == ["N", "C"] if tag == "N" else plural)
-    return tags
-
-def parse_phrases(words):
-    """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
-
-    Objects are nouns with the nouns before them; attributes adjectives, numbers and participles, each alone; relations
-    verbs with particle and preposition, and prepositions between objects. Words in no phrase (articles, pronouns,
-    forms of be, adverbs) are never masked.
-    >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
-    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]
-    """
-    low, spans = [], []                                 # words joined by hyphens count as one
-    for i, word in enumerate(w.lower() for w in words):
-        if 0 < i < len(words) - 1 and word == "-" or i > 1 and words[i - 1] == "-":
-            low[-1], spans[-1] = low[-1] + word, [*spans[-1], i]
-        else:
-            low.append(word), spans.append([i])
-    tags = _tags([word.rsplit("-", 1)[-1] or word for word in low])
-    phrases, i = [], 0
-
-    def preposition(j):                                 # how many words, 0 if none
-        several = COMPLEX.match(" ".join(low[j:j + 4]))
-        return len(several[0].split()) if several else tags[j] == "P"
-
-    while i < len(low):
-        j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
-        if preposition(i):
-            following = next(k for k in range(j, len(tags)) if tags[k] not in "DRAC" and low[k:k + 1] != [","])
-            gerund = tags[following] == "V" and low[following].endswith("ing")
-            kind = "relation" if "N" in tags[:i] and (tags[following] == "N" or gerund) else None
-        elif tags[i] == "N":
-            j = next(k for k in range(i, len(tags)) if tags[k] != "N")
-        while tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"] and (
-                tags[j + preposition(j)] in "DANQPG" or low[j] in PARTICLES):
-            j += preposition(j)
-        if kind:
-            phrases.append((kind, [p for span in spans[i:j] for p in span]))
-        i = j
-    return phrases
-
-
-# ---- the embedded world
+# ---- the embedded world ----------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "moon", "ring", "frame")
 HOLLOW = ("ring", "frame")                               # the shapes that can hold another object
-COLOURS = {"red": (225, 35, 40), "yellow": (250, 215, 30), "green": (30, 155, 60), "blue": (35, 75, 220),
-           "purple": (135, 40, 185), "pink": (255, 135, 195), "cyan": (40, 205, 225), "brown": (130, 75, 30)}
-SIZES = {"small": (0.065, 0.08), "large": (0.125, 0.15)}  # half the width, as a share of the picture
+COLOURS = {"red": (225, 35, 40), "yellow": (250, 215, 30), "green": (30, 155, 60), "blue": (35, 75, 220), "purple": (135, 40, 185),
+           "pink": (255, 135, 195), "cyan": (40, 205, 225), "brown": (130, 75, 30)}
+SIZES = {"small": (0.065, 0.08), "large": (0.125, 0.15)}         # half the width, as a share of the picture
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 152, 158), "black": (25, 25, 30), "beige": (228, 206, 168)}
 ATTRIBUTES = dict(size=[*SIZES], pattern=["plain", "striped", "dotted", "checked"], colour=[*COLOURS], shape=SHAPES)
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in ("shape", *SHAPES)}
@@ -691,20 +696,10 @@ BITS = {value: 1 << i for i, value in enumerate(itertools.chain(*ATTRIBUTES.valu
 BITS |= {plural: BITS.get(shape, 0) for shape, plural in PLURALS.items()}
 CANVAS = 112                                             # pixels of a picture's side
 
+# An object. Its centre and radius (half the width of its box) are shares of the picture.
+Thing = namedtuple("Thing", "shape colour size pattern x y radius")
 
-@dataclasses.dataclass(frozen=True)
-class Thing:
-    """An object. Its centre and radius (half the width of its box) are shares of the picture; y points down."""
-    shape: str
-    colour: str
-    size: str
-    pattern: str
-    x: float
-    y: float
-    radius: float
-
-
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Scene:
     """What a picture shows. `light`: how much brighter its background is at the bottom, in -1..1."""
     objects: list
@@ -713,8 +708,7 @@ class Scene:
 
     def __post_init__(self):
         self.bits = [sum(BITS[getattr(thing, attribute)] for attribute in ATTRIBUTES) for thing in self.objects]
-        self.facts = dict.fromkeys(relations(self.objects))  # all that holds: (relation, two or three objects)
-
+        self.facts = dict.fromkeys(relations(self.objects))      # all that holds: (relation, two or three objects)
 
 def relations(objects):
     """Every relation that holds. This is their one definition, for the writer of captions and for the oracle."""
@@ -735,11 +729,9 @@ def relations(objects):
         if length > 0.3 and 0.25 < (ux * vx + uy * vy) / length ** 2 < 0.75 and abs(ux * vy - uy * vx) < 0.12 * length:
             yield "between", i, j, k                     # a lies near the middle half of the line from b to c
 
-
 def holder(a, b):
     """True if a lies in the hole of b."""
     return b.shape in HOLLOW and max(abs(a.x - b.x), abs(a.y - b.y)) + a.radius < 0.72 * b.radius
-
 
 def clear(objects):
     """True if every two are apart, well overlapping or one in the other, and all in the picture: no case of doubt."""
@@ -750,7 +742,6 @@ def clear(objects):
         if far < 1.2 * reach and (a.colour == b.colour or not (overlap or holder(a, b) or holder(b, a))):
             return False
     return all(thing.radius < place < 1 - thing.radius for thing in objects for place in (thing.x, thing.y))
-
 
 def random_scene(rng):
     """A scene of 2 to 5 objects: mostly apart, some in another or touching it, some alike in shape or colour."""
@@ -770,7 +761,6 @@ def random_scene(rng):
         objects += [new] if clear([*objects, new]) else []
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)), rng.uniform(-1, 1))
 
-
 def near_twin(rng, scene, pair):
     """The scene with one attribute or the place of one of a pair of objects changed, or with the two swapped."""
     while True:
@@ -778,14 +768,13 @@ def near_twin(rng, scene, pair):
         a, b, kind = objects[i], objects[j], rng.choice((*ATTRIBUTES, *3 * ("swap", "move")))
         if kind in ATTRIBUTES:
             value = rng.choice([value for value in ATTRIBUTES[kind] if value != getattr(a, kind)])
-            objects[i] = dataclasses.replace(a, **{kind: value}, radius=rng.uniform(*SIZES.get(value, [a.radius] * 2)))
+            objects[i] = a._replace(**{kind: value}, radius=rng.uniform(*SIZES.get(value, [a.radius] * 2)))
         elif kind == "swap":
-            objects[i], objects[j] = dataclasses.replace(a, x=b.x, y=b.y), dataclasses.replace(b, x=a.x, y=a.y)
+            objects[i], objects[j] = a._replace(x=b.x, y=b.y), b._replace(x=a.x, y=a.y)
         else:
-            objects[i] = dataclasses.replace(a, x=rng.random(), y=rng.random())
+            objects[i] = a._replace(x=rng.random(), y=rng.random())
         if clear(objects):
             return Scene(objects, scene.background, scene.light)
-
 
 def inside_shape(shape, x, y):
     """Which of the points x, y in [-1, 1] (y down) the shape covers."""
@@ -797,7 +786,6 @@ def inside_shape(shape, x, y):
             "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "ring": lambda: (r < 1) & (r > 0.62),
             "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "circle": lambda: r < 1,
             "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34, "frame": lambda: square > 0.66}[shape]()
-
 
 def draw(scene, size=CANVAS):
     """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
@@ -816,28 +804,23 @@ def draw(scene, size=CANVAS):
         part[whole & ink] = 0.3 * colour + (0 if colour.sum() > 390 else 178)
     return Image.fromarray(canvas).reduce(3)
 
-
 def look(rng, scene):
-    """Regions as a detector gives them, from pixels alone: the whole picture, then in random order the objects' boxes,
-    a little off, and one to three boxes of anything. Features (R, F) float16 in [-1, 1], boxes (R, 4) float32."""
+    """Regions as a detector gives them, from pixels alone: the whole picture, then in random order the objects' boxes, a little
+    off, and one to three boxes of anything. Features (R,F) float16 in [-1, 1], boxes (R,4) float32."""
     spots = [[v + rng.uniform(-0.07, 0.07) * o.radius for v in (o.x, o.y, o.radius)] for o in scene.objects]
     spots += [[rng.random(), rng.random(), rng.uniform(0.06, 0.25)] for _ in range(rng.randint(1, 3))]
     rng.shuffle(spots)
     boxes = np.clip([(0, 0, 1, 1), *((x - r, y - r, x + r, y + r) for x, y, r in spots)], 0, 1)
-    image = draw(scene)
-    return describe_crops(image, boxes).astype(np.float16), boxes.astype(np.float32)
-
+    return describe_crops(draw(scene), boxes).astype(np.float16), boxes.astype(np.float32)
 
 ADJECTIVES = f"(?:(?:{'|'.join((*COLOURS, *SIZES, *ATTRIBUTES['pattern']))}) )*"
-PIECES = re.compile(
-    rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))"
-    rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
-    rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
-    rf"|(?P<b>between)|(?P<j>and)|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)"
-    rf"|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
-PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")     # left of A; left of A and B (of each); between A and B
+PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))"
+                    rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
+                    rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
+                    r"|(?P<b>between)|(?P<j>and)|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)"
+                    rf"|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
+PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; left of A and B (of each); between A and B
 CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
-
 
 def parse(caption):
     """What a sentence says: nouns [(count, bits)], facts [(relation, two or three of the nouns)], background or None.
@@ -862,10 +845,9 @@ def parse(caption):
         at = end + 1 if codes[end] == "j" else len(codes)
     return None
 
-
 def holds(meaning, scene):
-    """Whether a parsed sentence is true: different objects fit its nouns, and all its facts hold between them. "two red
-    circles" are exactly two, and what is said of them is said of each."""
+    """Whether a parsed sentence is true: different objects fit its nouns, and all its facts hold between them. "two red circles"
+    are exactly two, and what is said of them is said of each."""
     (nouns, facts, background), choices = meaning, []
     for count, bits in nouns:
         fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
@@ -874,27 +856,23 @@ def holds(meaning, scene):
         choices.append([(i,) for i in fit] if count == 1 else [fit])
     return background in (None, scene.background) and any(
         len(set().union(*chosen)) == sum(map(len, chosen))
-        and all((name, *ends) in scene.facts for name, *numbers in facts
-                for ends in itertools.product(*(chosen[n] for n in numbers)))
+        and all((name, *ends) in scene.facts for name, *numbers in facts for ends in itertools.product(*(chosen[n] for n in numbers)))
         for chosen in itertools.product(*choices))
-
 
 def describes(caption, scene):
     """The oracle: True or False, whether a sentence is true of a scene, or None if it does not parse."""
     return (meaning := parse(caption)) and holds(meaning, scene)
 
-
 # "*" opens a scene-graph phrase and "_" joins its words. a, b, c: objects; n: all objects of a kind; r: a relation from
 # a to b, both: to b and c, s: from a to c, each: from all n to b; v: a verb; on: the background.
 SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r} {b} {v} {a}", "there is {a} {r} {b}",
-         "{a} {r} {b} {on}", "{a} and {b} {on}", "there is {a} and {b}", "{a} {both} {b} and {c}", "{n} and {b} {on}",
-         "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
-         "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
-
+             "{a} {r} {b} {on}", "{a} and {b} {on}", "there is {a} and {b}", "{a} {both} {b} and {c}", "{n} and {b} {on}",
+             "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
+             "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
 
 def draft_caption(rng, scene, pair, detail=0.78):
-    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may
-    ask for what the scene has not. detail: how likely an attribute is mentioned."""
+    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may ask for what
+    the scene has not. detail: how likely an attribute is mentioned."""
     things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
     c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
     if "between" in form:
@@ -920,15 +898,13 @@ def draft_caption(rng, scene, pair, detail=0.78):
     say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
            "n": lambda: noun(*alike) if 1 < len(alike) < 5 else "?", "each": lambda: relation(alike, [b]),
            "r": lambda: relation([a], [b]), "s": lambda: relation([a], [c]), "both": lambda: relation([a], [b, c]),
-           "same": lambda: same, "v": lambda: rng.choice(("is", "sits", "lies")),
-           "on": lambda: f"on a *{scene.background} background"}
+           "same": lambda: same, "v": lambda: rng.choice(("is", "sits", "lies")), "on": lambda: f"on a *{scene.background} background"}
     words, phrases = [], []
     for piece in re.sub(r"{(\w+)}", lambda slot: say[slot[1]](), form).split():
         parts = piece.strip("*").split("_")
         phrases += [list(range(len(words), len(words) + len(parts)))] if piece[0] == "*" else []
         words += parts
     return words, phrases
-
 
 def five_captions(rng, scene, pairs, twins):
     """Five different true captions of 6 to 16 words, none of them true of a twin; None if they do not turn up."""
@@ -942,9 +918,8 @@ def five_captions(rng, scene, pairs, twins):
             return list(captions.values())
     return None
 
-
 def make_scenes(seed, split, size):
-    """Yields `size` times (scene, five captions (words, phrases), features, boxes), a function of its arguments only.
+    """Yields `size` times (scene, five captions (words, phrases), features (R,F), boxes (R,4)), a function of its arguments only.
     Val and test come in families of five near-twins, and no caption there is true of another of its family."""
     rng, made = random.Random(f"{seed} {split}"), 0
     while made < size:
@@ -959,7 +934,6 @@ def make_scenes(seed, split, size):
             made += 1
             yield (scene, five, *look(rng, scene))
 
-
 def identification_ceiling(scenes, captions, image_of_caption):
     """R@1 in percent, (text, image) retrieval, to expect of one who knows the whole truth and guesses among ties.
     scenes: list; captions: list of str; image_of_caption: the number of each caption's scene."""
@@ -967,28 +941,30 @@ def identification_ceiling(scenes, captions, image_of_caption):
     own = true & (np.asarray(image_of_caption)[:, None] == np.arange(len(scenes)))
     return tuple(float(100 * (own.sum(axis) / true.sum(axis).clip(1)).mean()) for axis in (0, 1))
 
-
 def load_scenes(seed, sizes, store):
-    """The embedded world as a data set: `sizes` images in train, val and test, made once and then read from the folder `store`."""
-    sizes = dict(zip(("train", "val", "test"), sizes))
-    source = {"world": 1, "seed": seed, "sizes": sizes}
-    regions, texts = Path(store) / "regions.bin", Path(store) / "scenes.json"
-    made = json.loads(texts.read_text()) if texts.exists() else {}
-    if made.get("source") != source or not regions.exists() or Regions(regions).source != source:
-        made = {"source": source, **{split: [] for split in sizes}}
+    """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test."""
+    sizes, target, texts = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", Path(store) / "scenes.json"
+    names = {split: [f"scene_{split}_{i:04d}" for i in range(size)] for split, size in sizes.items()}
+    source, splits = {"world": 1, "seed": seed, "sizes": sizes}, {}
 
-        def draw_all():
-            for split in sizes:
-                for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, sizes[split])):
-                    made[split].append([dataclasses.asdict(scene), captions])
-                    yield f"scene_{split}_{i:04d}", features, boxes
-        write_regions(regions, draw_all(), source)
-        texts.write_text(json.dumps(made))
-    store, splits = Regions(regions), {}
-    for split in sizes:
-        captions = [caption for _, five in made[split] for caption in five]
-        scenes = [Scene([Thing(**thing) for thing in scene["objects"]], scene["background"], scene["light"]) for scene, _ in made[split]]
-        names = [f"scene_{split}_{i:04d}" for i in range(len(scenes))]
-        splits[split] = Split(names, np.array([store.row(name) for name in names]), [" ".join(words) for words, _ in captions],
-                              torch.arange(len(scenes)).repeat_interleave(5), [tuple(caption) for caption in captions], scenes)
-    return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), store, splits)
+    def make():
+        made = {split: [] for split in sizes}
+
+        def items():
+            for split, size in sizes.items():
+                for name, (scene, captions, features, boxes) in zip(names[split], make_scenes(seed, split, size)):
+                    made[split].append([scene.objects, scene.background, scene.light, captions])
+                    yield name, features, boxes
+        write_regions(target, items(), source)
+        return made
+
+    intact = False
+    with contextlib.suppress(InputError):                # no store yet, or a harmed one
+        intact = Regions(target).source == source
+    made, regions = _remember(texts, source, make, again=not intact), Regions(target)
+    for split, own in names.items():
+        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in made[split]]
+        captions = [(words, phrases) for *_, five in made[split] for words, phrases in five]
+        splits[split] = Split(own, np.array([regions.row(name) for name in own], np.int64), [" ".join(words) for words, _ in captions],
+                              torch.arange(len(own)).repeat_interleave(5), captions, scenes)
+    return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), regions, splits)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes, image_key
+from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes, draw, image_key
 
 # ---- recall ----------------------------------------------------------------------------------------------------------
 
@@ -351,6 +351,12 @@ def draw_search(path, query, picture, results):
     """The query, its PIL picture (or None), and what was found: [(PIL picture or None, text, score)], best first."""
     _draw_rows(path, [(picture, [("query", None, query, {})]), *(
         (image, [(f"{place}.", score, text, {})]) for place, (image, text, score) in enumerate(results, 1))])
+
+
+def picture_of(data, split, image):
+    """What stands for an image in our pictures: the drawn scene, or the boxes of its regions where it is a photograph."""
+    scenes = data.splits[split].scenes
+    return draw(scenes[image]) if scenes else draw_regions(data.image(split, [image])[1][0])
 
 
 def draw_regions(boxes, size=168):

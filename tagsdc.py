@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -240,7 +241,7 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
         self.rng = torch.Generator().manual_seed(args.seed + self.rank)                   # batches and masks, on the CPU
         self.device_rng = torch.Generator(device).manual_seed(args.seed + self.rank)      # refills
-        self.at = dict(phase=0, step=0, best=-1.0, seconds=0.0, warmup=None, log=[])
+        self.at = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[])
         self.signal, self.started = 0, time.time()
 
     def save(self, name):
@@ -334,8 +335,8 @@ class Run:
         metrics = evaluate.retrieval_metrics(*scores_of(self.model, head(self.data, split, self.args.val_images), split, self.args, self.device))
         row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
         say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
-        if metrics["rsum"] > self.at["best"]:
-            self.at["best"] = metrics["rsum"]
+        if metrics["rsum"] > self.at["val"].get("rsum", -1):
+            self.at["val"] = metrics
             self.save("best.pt")
         self.save("last.pt")
 
@@ -351,16 +352,16 @@ def write_csv(path, rows):
         writer.writeheader(), writer.writerows(rows)
 
 
-def load_checkpoint(path):
-    """The dictionary in a file: a checkpoint of ours, or official weights. Raises InputError."""
+def load_checkpoint(path, own=False):
+    """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise datasets.InputError(f"{path}: no such checkpoint") from None
     except Exception as fault:  # torch.load raises half a dozen kinds for a file that is none of its own
         raise datasets.InputError(f"{path}: not a readable checkpoint ({str(fault).splitlines()[0]})") from None
-    if not isinstance(state, dict):
-        raise datasets.InputError(f"{path}: holds no weights by name, but a {type(state).__name__}")
+    if not isinstance(state, dict) or (own and "arguments" not in state):
+        raise datasets.InputError(f"{path}: no checkpoint of this program; official weights start a run with --init")
     return state
 
 
@@ -418,7 +419,7 @@ def test_report(model, data, args, device, split="test"):
         wrong = evaluate.one_word_wrong(data, split, args.seed)
         options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
         metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **options)
-    if args.root and (Path(args.root) / "coco_test_ids.npy").exists():
+    if args.root:
         metrics.update(evaluate.eccv_metrics(scores, data, split, Path(args.root)))
     some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
     made = tailored_examples(model, data, split, some, args, device)
@@ -433,12 +434,6 @@ def test_report(model, data, args, device, split="test"):
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
 
-def picture_of(data, split, image):
-    """The drawn scene, the boxes of the regions where there is only a photograph."""
-    content = data.splits[split]
-    return datasets.draw(content.scenes[image]) if content.scenes else evaluate.draw_regions(data.image(split, [image])[1][0])
-
-
 def picture_negatives(path, data, split, scores, made, count=6):
     """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
     content, decode, rows = data.splits[split], data.tokenizer.tokens.__getitem__, []
@@ -451,22 +446,69 @@ def picture_negatives(path, data, split, scores, made, count=6):
             words = range(1, (ids != data.tokenizer.pad_id).sum().item() - 1)
             generated.append(([decode(ids[i]) for i in words], made["scores"][n, h].item(), [(ids[i] != made["originals"][n, i]).item() for i in words],
                               [flagged[i] for i in words], [decode(made["corrections"][n, h, i]) if flagged[i] else None for i in words]))
-        rows.append(dict(picture=picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
+        rows.append(dict(picture=evaluate.picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
                          retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
     evaluate.draw_negatives(path, rows)
 
 
-def print_table(final, warmup):
-    """The figures of the final model, and beside them of the model after the warm-up."""
-    names = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10": "text retrieval R@10", "ir_r1": "image retrieval R@1",
-             "ir_r5": "image retrieval R@5", "ir_r10": "image retrieval R@10", "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %",
-             "false_negatives": "generated sentences that are true, %", "parse": "generated sentences that parse, %",
-             "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
-             "woc_accuracy": "word correction, accuracy %"}
-    print(f"{'':38}{'warm-up' if warmup else '':>10}{'final':>10}")
-    for name in [*final, *(warmup or ())][:len(final)]:
-        before = f"{warmup[name]:10.2f}" if warmup and name in warmup else f"{'':10}"
-        print(f"{names.get(name, name):38}{before}{final[name]:10.2f}")
+TABLE = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10": "text retrieval R@10", "ir_r1": "image retrieval R@1",
+         "ir_r5": "image retrieval R@5", "ir_r10": "image retrieval R@10", "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %",
+         "false_negatives": "generated sentences that are true, %", "parse": "generated sentences that parse, %",
+         "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
+         "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives"}
+
+
+def finish(args, data, model, device, state):
+    """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
+    split, out, warmup = next(name for name in ("test", "val", "train") if name in data.splits), Path(args.out), state["warmup"] or {}
+    content = data.splits[split]
+    metrics, scores, made = test_report(model, data, args, device, split)
+    if world()[0] > 0:
+        return
+    for path in args.probe:
+        metrics.update(evaluate.run_probe(path, model, data, split, device=device, dtype=args.dtype, score_batch=args.score_batch))
+    say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':40}{'warm-up' if warmup else '':>10}{'final':>10}")
+    for name, value in metrics.items():
+        say(f"{TABLE.get(name, name):40}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
+    if content.scenes:
+        ceiling = datasets.identification_ceiling(content.scenes, content.captions, content.image_of_caption)
+        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling
+        say(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
+    if args.save_scores:
+        write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
+    picture_negatives(out / "negatives.png", data, split, scores, made)
+    if not args.eval:
+        evaluate.draw_curves(out / "curves.png", state["log"])
+        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": plain(args), "seed": args.seed,
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
+        write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+
+
+def search(args, data, model, device, count=6):
+    """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
+    split = next(name for name in ("test", "val", "train") if name in data.splits)
+    content, out, picture = data.splits[split], Path(args.out), None
+    if args.query:
+        unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
+        if unknown or not args.query.strip():
+            raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
+        images = torch.arange(len(content.images))
+        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(images), -1)
+    elif args.image in content.images:
+        own = content.images.index(args.image)
+        ids, images = data.text(split, torch.arange(len(content.captions))), torch.full((len(content.captions),), own)
+        picture = evaluate.picture_of(data, split, own)
+    else:
+        raise datasets.InputError(f"--image {args.image}: no such image in the {split} split; its first are {', '.join(content.images[:3])}")
+    scores = evaluate.score_sentences(model, data, split, ids, images, device, args.dtype, args.score_batch).sigmoid()
+    best = scores.topk(min(count, len(scores))).indices.tolist()
+    results = [(evaluate.picture_of(data, split, i), content.images[i], scores[i].item()) if args.query else
+               (None, content.captions[i] + "  (its own)" * bool(content.image_of_caption[i] == own), scores[i].item()) for i in best]
+    for _, text, score in results:
+        say(f"{score:.4f}  {text}")
+    evaluate.draw_search(out / "search.png", args.query or args.image, picture, results)
+    say(f"drawn as {out / 'search.png'}")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -489,81 +531,76 @@ def parse_arguments(argv):
     add("--features", help="file or folder of the region features, if not under --root")
     add("--phrases", help="JSON with the phrases of the captions; without it they are parsed by rules")
     add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
-    add("--scenes", type=positive, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
+    add("--scenes", type=int, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
     add = parser.add_argument_group("model").add_argument
     add("--size", default="tiny", help="tiny, small, base or large (paper: base, large)")
     add("--init", metavar="FILE", help="start from our checkpoint or official UNITER / TAGS weights, without a warm-up phase")
-    add("--heads", type=positive, help="attention heads of --init weights, if not 64 wide")
-    add("--dropout", type=share, default=0.0, help="paper: 0.1")
+    add("--heads", type=int, help="attention heads of --init weights, if not 64 wide")
+    add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=positive, default=5000, help="optimiser steps in all; the phases share them")
+    add("--steps", type=int, default=5000, help="optimiser steps in all; the phases share them")
     add("--phases", nargs="+", default=["warmup=60", "tags=20", "dc=20"], metavar="NAME=SHARE", help="phases and their shares of --steps")
-    add("--batch-size", type=positive, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
-    add("--warmup-batch-size", type=positive, default=64, help="pairs a step of the warm-up phase")
-    add("--words-first", type=share, default=0.5, help="share of the warm-up that learns words (MLM) alone, before matching")
-    add("--mask-probability", type=positive_float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
-    add("--warmup-mask-probability", type=positive_float, default=0.3, help="of a phrase, in the warm-up")
-    add("--accumulate", type=positive, default=1, help="batches whose gradients make one optimiser step")
+    add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
+    add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
+    add("--words-first", type=float, default=0.5, help="share of the warm-up that learns words (MLM) alone, before matching")
+    add("--mask-probability", type=float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
+    add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
+    add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")
     add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
-    add("--lr", type=positive_float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
-    add("--warmup-lr", type=positive_float, default=1e-3, help="peak learning rate of the warm-up phase")
-    add("--pool", type=positive, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
-    add("--hard", type=positive, default=4, help="negatives kept of each kind (paper: 31)")
-    add("--maskings", type=positive, default=4, help="maskings of each caption (paper: 20)")
-    add("--refills", type=positive, default=4, help="refills of each masking (paper: 20)")
-    add("--temperature", type=positive_float, default=1.5, help="of the refilling (paper: 1.5)")
-    add("--margin", type=positive_float, default=0.2, help="of the triplet losses (paper: 0.2)")
+    add("--lr", type=float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
+    add("--warmup-lr", type=float, default=1e-3, help="peak learning rate of the warm-up phase")
+    add("--pool", type=int, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
+    add("--hard", type=int, default=4, help="negatives kept of each kind (paper: 31)")
+    add("--maskings", type=int, default=4, help="maskings of each caption (paper: 20)")
+    add("--refills", type=int, default=4, help="refills of each masking (paper: 20)")
+    add("--temperature", type=float, default=1.5, help="of the refilling (paper: 1.5)")
+    add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
     for term, default, text in (("tags", 1.0, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
                                 ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
-        add(f"--lambda-{term}", type=weight, default=default, help=f"weight of {text}; 0 switches it off")
+        add(f"--lambda-{term}", type=float, default=default, help=f"weight of {text}; 0 switches it off")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/ and the name of the data)")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 autocast where the hardware has it")
-    add("--log-every", type=positive, default=50, help="steps between two lines of the log")
-    add("--validations", type=positive, default=10, help="validations in a run")
-    add("--val-images", type=positive, default=100, help="images of val that a validation looks at")
-    add("--analyse-images", type=positive, default=200, help="test images whose generated negatives are analysed")
-    add("--score-batch", type=positive, default=256, help="pairs in one pass without gradient")
+    add("--log-every", type=int, default=50, help="steps between two lines of the log")
+    add("--validations", type=int, default=10, help="validations in a run")
+    add("--val-images", type=int, default=100, help="images of val that a validation looks at")
+    add("--analyse-images", type=int, default=200, help="test images whose generated negatives are analysed")
+    add("--score-batch", type=int, default=256, help="pairs in one pass without gradient")
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
 
     known = vars(parser.parse_known_args(argv)[0])
+    name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
     if known["recipe"]:
         parser.set_defaults(**RECIPES[known["recipe"]])
     if known["quick"]:
-        parser.set_defaults(scenes=[400, 50, 50], steps=120, batch_size=16, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
-    source = known["eval"] or known["checkpoint"]
-    if source:
-        kept = load_checkpoint(Path(source)).get("arguments", {})
-        parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "init", "recipe")})
+        parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
+    source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
+    if source:  # what it was trained with
+        of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")
+        kept = load_checkpoint(source, own=True)["arguments"]
+        parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
+    else:
+        parser.set_defaults(out=name)
     args = parser.parse_args(argv)
-    if (args.query or args.image) and not args.checkpoint:
-        parser.error("--query and --image need a trained model: add --checkpoint runs/scenes/best.pt")
-    if args.hard > args.maskings * args.refills:
-        parser.error(f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: that many candidates do not exist")
-    if args.pool < args.batch_size:
-        parser.error(f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors")
-    for phase in args.phases:
-        name, _, value = phase.partition("=")
-        if name not in PHASES or not value.replace(".", "", 1).isdigit():
-            parser.error(f"--phases {phase}: expected NAME=SHARE with a name among {', '.join(PHASES)}")
+    for name, value in vars(args).items():
+        zero = name.startswith("lambda_") or name in ("dropout", "words_first", "seed")
+        if type(value) in (int, float) and not (0 <= value < math.inf if zero else 0 < value < math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} 0")
+    faults = {
+        f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
+        f"--scenes {args.scenes}: each split needs an image": min(args.scenes) < 1,
+        "--query and --image need a trained model: add --checkpoint runs/scenes/best.pt": (args.query or args.image) and not args.checkpoint,
+        f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
+            args.hard > args.maskings * args.refills,
+        f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
+        f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
+            not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
+    for fault in [text for text, wrong in faults.items() if wrong]:
+        parser.error(fault)
     return args
-
-
-def number(kind, low, high, text):
-    def parse(value):
-        parsed = kind(value)
-        if not low <= parsed <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not {text}")
-        return parsed
-    parse.__name__ = text
-    return parse
-
-
-positive, positive_float = number(int, 1, 10 ** 12, "a whole number above 0"), number(float, 1e-12, 1e6, "a number above 0")
-weight, share = number(float, 0, 1e6, "a number of at least 0"), number(float, 0, 0.99, "a share in [0, 1)")
 
 
 def hardware(args):
@@ -572,19 +609,16 @@ def hardware(args):
     device = next(name for name in there if there[name]) if args.device == "auto" else args.device
     if not there[device]:
         raise datasets.InputError(f"--device {device}: PyTorch finds no such device here; use --device cpu")
-    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    if args.dtype != "auto":
-        return place, getattr(torch, args.dtype)
-    cpu = Path("/proc/cpuinfo")
-    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(), "mps": lambda: False,
-            "cpu": lambda: cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))}[device]()
-    return place, torch.bfloat16 if fast else torch.float32
+    cpu = Path("/proc/cpuinfo").read_text() if device == "cpu" and Path("/proc/cpuinfo").exists() else ""
+    fast = torch.cuda.is_bf16_supported() if device == "cuda" else "avx512_bf16" in cpu or "amx_bf16" in cpu
+    dtype = ("bfloat16" if fast else "float32") if args.dtype == "auto" else args.dtype
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, getattr(torch, dtype)
 
 
 def make_model(args, data, state):
     """The network for this data: from a checkpoint, from --init (ours or official weights), or fresh."""
     sizes = dict(vocab_size=len(data.tokenizer.tokens), feature_size=data.feature_size, dropout=args.dropout)
-    given = state or (load_checkpoint(Path(args.init)) if args.init else None)
+    given = state or (load_checkpoint(args.init) if args.init else None)
     try:
         if given is None:
             return TagsDC(Config.preset(args.size, **sizes))
@@ -601,63 +635,6 @@ def make_model(args, data, state):
         return model
     except ValueError as fault:
         raise datasets.InputError(f"{args.init or args.eval or args.checkpoint or '--size'}: {fault}") from None
-
-
-def finish(args, data, model, device, state):
-    """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures."""
-    split = next(name for name in ("test", "val", "train") if name in data.splits)
-    out = Path(args.out)
-    metrics, scores, made = test_report(model, data, args, device, split)
-    for path in args.probe:
-        metrics.update(evaluate.run_probe(path, model, data, split, device=device, dtype=args.dtype))
-    say(f"{split} split: {len(data.splits[split].images):,} images, {len(data.splits[split].captions):,} captions")
-    print_table(metrics, state.get("warmup"))
-    if data.splits[split].scenes:
-        ceiling = datasets.identification_ceiling(data.splits[split].scenes, data.splits[split].captions, data.splits[split].image_of_caption)
-        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling
-        print(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
-    if world()[0] > 0:
-        return
-    if args.save_scores:
-        write_atomically(out / "scores.npy", lambda path: np.save(open(path, "wb"), scores.numpy()))
-    picture_negatives(out / "negatives.png", data, split, scores, made)
-    if state["log"]:
-        evaluate.draw_curves(out / "curves.png", state["log"])
-    record = {"test": metrics, "val": {"rsum": state["best"]}, "warmup": state["warmup"], "arguments": plain(args),
-              "seed": args.seed, "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
-    if not args.eval:
-        write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-    say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
-
-
-def search(args, data, model, device, count=6):
-    """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
-    split = next(name for name in ("test", "val", "train") if name in data.splits)
-    content, out = data.splits[split], Path(args.out)
-    options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
-    if args.query:
-        unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
-        if unknown or not args.query.strip():
-            raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
-        everything = torch.arange(len(content.images))
-        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(everything), -1)
-        scores = evaluate.score_sentences(model, data, split, ids, everything, **options).sigmoid()
-        best = scores.topk(min(count, len(scores))).indices.tolist()
-        results = [(picture_of(data, split, i), content.images[i], scores[i].item()) for i in best]
-    else:
-        if args.image not in content.images:
-            raise datasets.InputError(f"--image {args.image}: no such image in the {split} split; its first are {', '.join(content.images[:3])}")
-        image = content.images.index(args.image)
-        every = torch.arange(len(content.captions))
-        scores = evaluate.score_sentences(model, data, split, data.text(split, every), torch.full_like(every, image), **options).sigmoid()
-        best = scores.topk(min(count, len(scores))).indices.tolist()
-        results = [(None, content.captions[c] + ("  (its own)" if content.image_of_caption[c] == image else ""), scores[c].item()) for c in best]
-    for _, text, score in results:
-        print(f"{score:.4f}  {text}")
-    asked = (args.query, None) if args.query else (args.image, picture_of(data, split, image))
-    evaluate.draw_search(out / "search.png", *asked, results)
-    say(f"drawn as {out / 'search.png'}")
-    return 0
 
 
 def main(argv=None):
@@ -677,21 +654,21 @@ def run(args):
     device, args.dtype = hardware(args)
     if "LOCAL_RANK" in os.environ:  # started by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    source = args.eval or args.checkpoint
-    args.out = args.out or (str(Path(source).parent) if source else f"runs/{Path(args.data).stem.removeprefix('dataset_')}")
-    state = load_checkpoint(Path(source or Path(args.out) / "last.pt")) if source or args.resume else None
+    source = args.eval or args.checkpoint or (f"{args.out}/last.pt" if args.resume else None)
+    state = load_checkpoint(source, own=True) if source else None
     torch.manual_seed(args.seed + world()[0])
     data = load(args, state)
     model = make_model(args, data, state).to(device)
     model.checkpointing = args.recompute
     if args.query or args.image:
-        return search(args, data, model, device)
+        search(args, data, model, device)
+        return 0
     if not args.eval:
         training = Run(args, data, model, device)
         if args.resume:
             training.resume(state)
         if not training.train():
-            say(f"interrupted; {Path(args.out) / 'last.pt'} is saved, --resume goes on")
+            say(f"interrupted; {args.out}/last.pt is saved, --resume goes on")
             return 128 + training.signal
         state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
     finish(args, data, model, device, state)

@@ -1,4 +1,4 @@
-"""The modules lie beside this folder. One thread: the tests are so small that a second one only waits for a busy core."""
+"""The modules lie beside this folder. One thread: in tests so small a second one only waits for a busy core."""
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def read(name):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Inputs, outputs and parameters of the official model, parameters under their official names. Not to be changed."""
+    """Inputs, outputs and parameters (under official names) of the official model, as tensors. Not to be changed."""
     return read("public_model.npz")
 
 

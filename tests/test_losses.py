@@ -96,7 +96,7 @@ def word_case(b=2, t=4, v=5):
 
 
 def mean_over_labels(logits, labels):
-    """The plain loop: -log softmax at every label, averaged; and its gradient (softmax - one-hot) / number of labels."""
+    """A plain loop: the mean of -log softmax at the labels, and its gradient (softmax - one-hot) / number of labels."""
     total, count, slope = 0.0, int((labels >= 0).sum()), torch.zeros_like(logits)
     for index in (labels >= 0).nonzero().tolist():
         row, label = logits.detach()[tuple(index)], labels[tuple(index)].item()
@@ -147,7 +147,7 @@ def test_word_correction_is_floored_at_1e_10_without_gradient_below():
 
 
 def test_word_discrimination_and_its_gradient_by_hand():
-    """Every p is 1/2 but one: replaced words weigh 1, original ones 0.11, divided by the number of real positions (3)."""
+    """Every p is 1/2 but one: replaced words weigh 1, original ones 0.11, divided by the 3 real positions."""
     logits = torch.zeros(1, 4, 2)
     logits[0, 1, 1] = math.log(3)  # an original word: p(original) = 3/4
     logits.requires_grad_()
@@ -170,7 +170,8 @@ def test_word_discrimination_weight_and_classes():
 
 def test_word_discrimination_ignores_padding_and_survives_sentences_of_padding_alone():
     torch.manual_seed(0)
-    logits, replaced = torch.randn(2, 3, 2, requires_grad=True), torch.tensor([[False, True, True], [True, False, True]])
+    logits = torch.randn(2, 3, 2, requires_grad=True)
+    replaced = torch.tensor([[False, True, True], [True, False, True]])
     mask = torch.tensor([[True, True, False], [False, False, False]])  # row 1: a pair that ran out of negatives
     loss = losses.word_discrimination_loss(logits, replaced, mask)
     assert loss.item() == approx(losses.word_discrimination_loss(logits[:1, :2], replaced[:1, :2], mask[:1, :2]).item())
@@ -181,7 +182,7 @@ def test_word_discrimination_ignores_padding_and_survives_sentences_of_padding_a
 
 
 def test_word_discrimination_is_floored_at_1e_10_without_gradient_below():
-    logits = leaf([[[40.0, 0.0], [0.0, 40.0]]])  # an original and a replaced word, both taken for the other beyond doubt
+    logits = leaf([[[40.0, 0.0], [0.0, 40.0]]])  # an original and a replaced word, each taken for the other
     loss = losses.word_discrimination_loss(logits, torch.tensor([[False, True]]), torch.ones(1, 2, dtype=torch.bool))
     assert loss.item() == approx(1.11 * 23.02585 / 2, 1e-5)
     loss.backward()
@@ -199,4 +200,5 @@ def test_bfloat16_scores_are_averaged_in_float32():
     assert losses.triplet_loss(positive, negatives).item() == approx(0.7)
     assert losses.masked_lm_loss(logits, labels).item() == approx(math.log(3), 1e-5)
     assert losses.word_correction_loss(logits, labels).item() == approx(math.log(3), 1e-5)
-    assert losses.word_discrimination_loss(logits[None, :, :2], labels[None] > 0, labels[None] == 0).item() == approx(0.11 * math.log(2), 1e-5)
+    discrimination = losses.word_discrimination_loss(logits[:, :2], labels > 0, labels == 0)
+    assert discrimination.item() == approx(0.11 * math.log(2), 1e-5)

@@ -28,8 +28,10 @@ def make_batch(seed=0):
     """Three pairs of different lengths; what lies in the padding is random, not zero."""
     rng = torch.Generator().manual_seed(seed)
     b, t, r = len(TEXT_LENGTHS), max(TEXT_LENGTHS), max(REGION_COUNTS)
-    return (torch.randint(1, 40, (b, t), generator=rng), torch.randn(b, r, 6, generator=rng), torch.rand(b, r, 7, generator=rng),
-            torch.arange(t) < torch.tensor(TEXT_LENGTHS)[:, None], torch.arange(r) < torch.tensor(REGION_COUNTS)[:, None])
+    ids = torch.randint(1, 40, (b, t), generator=rng)
+    features, boxes = torch.randn(b, r, 6, generator=rng), torch.rand(b, r, 7, generator=rng)
+    text_mask = torch.arange(t) < torch.tensor(TEXT_LENGTHS)[:, None]
+    return ids, features, boxes, text_mask, torch.arange(r) < torch.tensor(REGION_COUNTS)[:, None]
 
 
 def one_pair(batch, i, extra_text=0, extra_regions=0):
@@ -90,11 +92,11 @@ def test_a_text_longer_than_the_position_table_is_refused(model):
 @pytest.mark.parametrize("what", ["words", "features", "boxes"])
 def test_what_lies_in_the_padding_has_no_influence(model, what):
     batch = ids, features, boxes, text_mask, region_mask = make_batch()
-    noise = torch.Generator().manual_seed(1)
+    noise, real = torch.Generator().manual_seed(1), region_mask[..., None]
     changed = {
         "words": (torch.where(text_mask, ids, torch.randint(40, ids.shape, generator=noise)), features, boxes),
-        "features": (ids, torch.where(region_mask[..., None], features, 50 * torch.randn(features.shape, generator=noise)), boxes),
-        "boxes": (ids, features, torch.where(region_mask[..., None], boxes, 50 * torch.rand(boxes.shape, generator=noise)))}[what]
+        "features": (ids, torch.where(real, features, 50 * torch.randn(features.shape, generator=noise)), boxes),
+        "boxes": (ids, features, torch.where(real, boxes, 50 * torch.rand(boxes.shape, generator=noise)))}[what]
     before, after = model(*batch), model(*changed, text_mask, region_mask)
     assert not torch.equal(before, after), "the padding was not changed at all"
     assert close(real_rows(before, batch), real_rows(after, batch))
@@ -169,7 +171,7 @@ def test_boxes_and_features_of_two_regions_belong_together(model):
 
 @torch.no_grad()
 def test_every_real_word_and_region_reaches_the_score_whatever_else_is_in_the_batch(model):
-    """Fault of the release: the image offset was the last caption's length, so that pairs lost most of their regions."""
+    """Fault of the release: the image offset was the last caption's length, so pairs lost most of their regions."""
     batch = make_batch()
     for order in ([0, 1, 2], [1, 2, 0]):  # the last caption is now the longest, now not
         ids, features, boxes, text_mask, region_mask = (x[order] for x in batch)
@@ -224,6 +226,13 @@ def test_every_parameter_takes_part():
 # ---- the fast path
 
 
+def prepared(model, masked=True):
+    """The batch as Prepared texts and images."""
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    return (model.prepare_text(ids, text_mask if masked else None),
+            model.prepare_regions(features, boxes, region_mask if masked else None))
+
+
 def pair_index():
     return torch.tensor([0, 0, 2, 1, 2, 2, 0]), torch.tensor([0, 2, 1, 1, 2, 0, 0])
 
@@ -231,11 +240,10 @@ def pair_index():
 def scored_both_ways(model, masked, batch_size=None):
     """The same seven pairs by score_pairs and by match(forward(...))."""
     ids, features, boxes, text_mask, region_mask = make_batch()
-    text_mask, region_mask = (text_mask, region_mask) if masked else (None, None)
     t, i = pair_index()
-    fast = model.score_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i, batch_size)
-    plain = model.match(model(ids[t], features[i], boxes[i], *((text_mask[t], region_mask[i]) if masked else (None, None))))
-    return fast, plain
+    texts, images = prepared(model, masked)
+    masks = (text_mask[t], region_mask[i]) if masked else (None, None)
+    return model.score_pairs(texts, t, images, i, batch_size), model.match(model(ids[t], features[i], boxes[i], *masks))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -263,32 +271,29 @@ def test_score_pairs_does_not_depend_on_its_batch_size(model, batch_size):
 @torch.no_grad()
 def test_encode_pairs_is_forward(model):
     ids, features, boxes, text_mask, region_mask = make_batch()
-    t, i = pair_index()
-    fast = model.encode_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i)
+    (texts, images), (t, i) = prepared(model), pair_index()
+    fast = model.encode_pairs(texts, t, images, i)
     assert close(fast, model(ids[t], features[i], boxes[i], text_mask[t], region_mask[i]))
 
 
 @torch.no_grad()
 def test_prepared_rows_can_be_picked(model):
-    ids, features, boxes, text_mask, region_mask = make_batch()
-    texts, images = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask)
-    order = torch.tensor([2, 1])
+    (texts, images), order = prepared(model), torch.tensor([2, 1])
     scores = model.score_pairs(texts[order], torch.arange(2), images[order], torch.arange(2))
     assert close(scores, model.match(model(*make_batch()))[order])
 
 
 def test_no_pairs_no_scores(model):
-    ids, features, boxes, text_mask, region_mask = make_batch()
-    none = torch.zeros(0, dtype=torch.long)
-    assert model.score_pairs(model.prepare_text(ids, text_mask), none, model.prepare_regions(features, boxes, region_mask), none).shape == (0,)
+    (texts, images), none = prepared(model), torch.zeros(0, dtype=torch.long)
+    assert model.score_pairs(texts, none, images, none).shape == (0,)
 
 
 def test_the_positive_is_encoded_like_any_pair():
-    """Fault of the release: the positive row of the synthetic triplet lost its image and all its words, because its attention
-    mask served as gather index. A "negative" that is the caption itself must cost exactly the margin, and have no gradient."""
-    model = make_model()
-    ids, features, boxes, text_mask, region_mask = make_batch()
-    texts, images, row = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask), torch.arange(3)
+    """Fault of the release: the positive row of the synthetic triplet lost its image and all its words, because its
+    attention mask served as gather index. A "negative" that is the caption itself must cost exactly the margin, and
+    have no gradient."""
+    model, row = make_model(), torch.arange(3)
+    texts, images = prepared(model)
     positive = model.score_pairs(texts, row, images, row).sigmoid()
     copies = row.repeat_interleave(4)
     negatives = model.match(model.encode_pairs(texts, copies, images, copies)).sigmoid().view(3, 4)

@@ -8,7 +8,7 @@ import losses
 from model import Config, TagsDC
 
 TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
-UNUSED = ["itm_output.bias", "itm_output.weight", "uniter.img_embeddings.mask_embedding.weight"]  # without a place in our model
+UNUSED = ["itm_output.bias", "itm_output.weight", "uniter.img_embeddings.mask_embedding.weight"]  # not in our model
 HEADS = ("rank_output.", "disc_output.", "correction_output.")
 
 
@@ -54,11 +54,13 @@ def ours(weights, golden):
         hidden = model(ids, features, boxes, text_mask, region_mask)
         words, pooled = hidden[:, :ids.size(1)], model.pool(hidden)
         extras = model.uniter_extras
+        texts, images = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask)
         return {"hidden": hidden, "pooled": pooled, "rank_scores": model.match(hidden)[:, None],
                 "rank_scores_sigmoid": model.match(hidden)[:, None].sigmoid(),
                 "itm_logits": pooled @ extras["itm_output.weight"].T + extras["itm_output.bias"],
-                "embedding": torch.cat((model.prepare_text(ids).states, model.prepare_regions(features, boxes).states), 1),
-                "mlm_logits": model.fill(words), "disc_logits": model.discriminate(words), "correction_logits": model.correct(words)}
+                "embedding": torch.cat((texts.states, images.states), 1),
+                "mlm_logits": model.fill(words), "disc_logits": model.discriminate(words),
+                "correction_logits": model.correct(words)}
 
 
 def compact(rows, golden):
@@ -74,7 +76,7 @@ def test_states_agree_with_the_official_code(ours, golden, name, mine):
 
 @pytest.mark.parametrize("name", ["pooled", "rank_scores", "rank_scores_sigmoid", "itm_logits"])
 def test_pair_outputs_agree_with_the_official_code(ours, golden, name):
-    """itm_logits: the official two-way matching output is kept among uniter_extras, though our model does not use it."""
+    """itm_logits: the official two-way matching output is kept in uniter_extras, though our model does not use it."""
     assert ours[name].shape == golden[f"out/{name}"].shape
     assert (ours[name] - golden[f"out/{name}"]).abs().max() < 2e-5
 
@@ -91,7 +93,8 @@ def test_pairs_alone_and_the_fast_path_agree_with_the_official_code(weights, gol
     model, scores = loaded(weights), golden["out/rank_scores"][:, 0]
     ids, features, boxes, text_mask, region_mask = batch_of(golden)
     row = torch.arange(4)
-    fast = model.score_pairs(model.prepare_text(ids, text_mask), row, model.prepare_regions(features, boxes, region_mask), row, 3)
+    texts, images = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask)
+    fast = model.score_pairs(texts, row, images, row, 3)
     assert (fast - scores).abs().max() < 2e-5
     for i, (t, r) in enumerate(zip(golden["text_lens"].tolist(), golden["num_bbs"].tolist())):
         alone = model.match(model(ids[i:i + 1, :t], features[i:i + 1, :r], boxes[i:i + 1, :r], None, None))
@@ -107,10 +110,10 @@ def our_losses(model, golden, golden_losses):
     hidden = model(ids, features, boxes, text_mask, region_mask)
     words, labels = hidden[:, :ids.size(1)], golden_losses["txt_labels"]
     groups = model.match(hidden).sigmoid().view(-1, golden_losses["sample_size"])
+    replaced, original_weight = ids != golden_losses["gt_input_ids"], golden_losses["disc_weights"][1].item()
     return {"rank": losses.triplet_loss(groups[:, 0], groups[:, 1:], golden_losses["margin"].item()),
             "mlm": losses.masked_lm_loss(model.fill(words), labels),
-            "disc": losses.word_discrimination_loss(model.discriminate(words), ids != golden_losses["gt_input_ids"], text_mask,
-                                                    golden_losses["disc_weights"][1].item()),
+            "disc": losses.word_discrimination_loss(model.discriminate(words), replaced, text_mask, original_weight),
             "corr": losses.word_correction_loss(model.correct(words), labels)}
 
 
@@ -122,7 +125,7 @@ def summed(terms, golden_losses, which):
 def test_losses_agree_with_the_official_code(weights, golden, golden_losses):
     terms = our_losses(loaded(weights), golden, golden_losses)
     terms.update({which: summed(terms, golden_losses, which) for which in ("total", "unit")})
-    official = {key.removeprefix("loss/"): value.item() for key, value in golden_losses.items() if key.startswith("loss/")}
+    official = {key[len("loss/"):]: value.item() for key, value in golden_losses.items() if key.startswith("loss/")}
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(official, abs=5e-6, rel=0)
 
 
@@ -147,7 +150,8 @@ def test_rank_loss_agrees_on_chosen_logits(golden_losses):
     scores = golden_losses["aux/rank_logits"].sigmoid().view(-1, golden_losses["aux/rank_sample_size"])
     positive, negatives, official = scores[:, 0], scores[:, 1:], golden_losses["aux/rank_none"]
     assert (official == 0).any()
-    assert losses.triplet_loss(positive, negatives, 0.2).item() == pytest.approx(golden_losses["aux/rank"].item(), abs=5e-6)
+    mean = losses.triplet_loss(positive, negatives, 0.2)
+    assert mean.item() == pytest.approx(golden_losses["aux/rank"].item(), abs=5e-6)
     for group, k in ((group, k) for group in range(6) for k in range(4)):
         one = losses.triplet_loss(positive[group:group + 1], negatives[group:group + 1, k:k + 1], 0.2)
         assert one.item() == pytest.approx(official[group, k].item(), abs=5e-6)
@@ -157,14 +161,16 @@ def test_rank_loss_agrees_on_chosen_logits(golden_losses):
 def test_word_losses_agree_on_chosen_logits(golden_losses):
     """Among them probabilities under the floor of 1e-10, which cost 23.02585 and have no gradient."""
     replaced = golden_losses["aux/syn_input_ids"] != golden_losses["aux/gt_input_ids"]
-    disc_logits, logits = (golden_losses[f"aux/{name}"].clone().requires_grad_() for name in ("disc_logits", "correction_logits"))
+    disc_logits = golden_losses["aux/disc_logits"].clone().requires_grad_()
+    logits = golden_losses["aux/correction_logits"].clone().requires_grad_()
     labels = golden_losses["aux/txt_labels"]
     disc = losses.word_discrimination_loss(disc_logits, replaced, torch.ones_like(replaced))
     corr = losses.word_correction_loss(logits, labels)
     assert disc.item() == pytest.approx(golden_losses["aux/disc"].item(), abs=5e-6)
     assert corr.item() == pytest.approx(golden_losses["aux/corr"].item(), abs=5e-6)
 
-    per_word = [losses.word_correction_loss(row[None], label[None]).item() for row, label in zip(logits[labels >= 0], labels[labels >= 0])]
+    per_word = [losses.word_correction_loss(row[None], label[None]).item()
+                for row, label in zip(logits[labels >= 0], labels[labels >= 0])]
     assert per_word == pytest.approx(golden_losses["aux/corr_none"].tolist(), abs=5e-6)
     per_place = [losses.word_discrimination_loss(row[None], r[None], torch.ones(1, dtype=torch.bool)).item()
                  for row, r in zip(disc_logits.flatten(0, 1), replaced.flatten())]
@@ -190,7 +196,7 @@ def test_a_round_trip_changes_no_bit(weights):
 
 def test_a_model_trained_here_goes_out_and_back():
     torch.manual_seed(0)
-    config = Config(vocab_size=30, feature_size=5, hidden=8, layers=2, heads=2, intermediate=12, max_positions=9, dropout=0.0)
+    config = Config(vocab_size=30, feature_size=5, hidden=8, layers=2, heads=2, intermediate=12, max_positions=9)
     model, other = TagsDC(config), TagsDC(config)
     official = model.export_uniter()
     report = other.load_uniter(official)
@@ -241,8 +247,8 @@ def test_older_and_wrapped_names_are_understood(weights, rename):
 
 
 def test_half_precision_weights_are_taken(weights):
-    model = loaded({key: value.half() for key, value in weights.items()})
-    assert all(torch.equal(value, weights[key].half().float()) for key, value in model.export_uniter().items() if key not in UNUSED)
+    exported = loaded({key: value.half() for key, value in weights.items()}).export_uniter()
+    assert all(torch.equal(exported[key], weights[key].half().float()) for key in set(weights) - set(UNUSED))
 
 
 def test_the_report_names_what_was_loaded_and_what_was_ignored(weights):
@@ -263,8 +269,8 @@ def pretrained(weights):
 
 
 def test_missing_heads_start_from_uniters_own(weights):
-    """METHOD 1: matching takes the "match" row of the two-way output, discrimination a copy of both, correction a copy of the
-    masked-LM head."""
+    """METHOD 1: matching takes the "match" row of the two-way output, discrimination a copy of both rows, correction a
+    copy of the masked-LM head."""
     model = official_model(weights)
     report = model.load_uniter(pretrained(weights))
     out = model.export_uniter()
@@ -274,33 +280,35 @@ def test_missing_heads_start_from_uniters_own(weights):
         assert torch.equal(out[f"disc_output.{leaf}"], weights[f"itm_output.{leaf}"])
     masked_lm = [key for key in weights if key.startswith("cls.")]
     assert all(torch.equal(out[key.replace("cls.", "correction_output.")], weights[key]) for key in masked_lm)
-    assert set(report["initialised"]) >= {"rank_output.weight from itm_output.weight", "disc_output.bias from itm_output.bias",
-                                          "correction_output.predictions.bias from cls.predictions.bias"}
+    assert set(report["initialised"]) >= {
+        "rank_output.weight from itm_output.weight", "disc_output.bias from itm_output.bias",
+        "correction_output.predictions.bias from cls.predictions.bias"}
     assert {line.split(".")[0] for line in report["initialised"]} == {"rank_output", "disc_output", "correction_output"}
     assert report["loaded"] == sorted(set(pretrained(weights)) - set(UNUSED)) and report["ignored"] == UNUSED
     assert sorted(set(out)) == sorted(weights)
 
 
 def test_heads_that_started_alike_are_copies_not_views(weights):
-    """Fault of the release: the ranking head was a view of the matching output. Changing one head changes that head alone."""
+    """Fault of the release: the ranking head was a view of the matching output. Changing one head changes it alone."""
     source = {key: value.clone() for key, value in pretrained(weights).items()}
     model = official_model(weights)
     model.load_uniter(source)
-    for head in ("rank_output.", "disc_output.", "correction_output.", "cls."):
+    heads = {"rank_output.": model.rank, "disc_output.": model.discrimination,
+             "correction_output.": model.correction, "cls.": model.mlm}
+    for official, head in heads.items():
         before = model.export_uniter()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.split(".")[0] == {"rank_output.": "rank", "disc_output.": "discrimination", "correction_output.": "correction", "cls.": "mlm"}[head]:
-                    parameter += 1.0
+            for parameter in head.parameters():
+                parameter += 1.0
         changed = {key for key, value in model.export_uniter().items() if not torch.equal(value, before[key])}
-        assert changed == {key for key in weights if key.startswith(head)} - set(TIED)
+        assert changed == {key for key in weights if key.startswith(official)} - set(TIED)
     assert bits_equal(source, pretrained(weights)), "training changed the weights it was started from"
 
 
 def test_a_trained_ranking_head_is_taken_though_the_matching_output_is_there_too(weights):
-    """Fault of the release (init_output): it always overwrote the trained ranking head with the matching row. Stage 1 of TAGS
-    has a ranking head and neither of the other two."""
-    stage_1 = {key: value for key, value in weights.items() if not key.startswith(("disc_output.", "correction_output."))}
+    """Fault of the release (init_output): it always overwrote the trained ranking head with the matching row. Stage 1
+    of TAGS has a ranking head and neither of the other two."""
+    stage_1 = {key: value for key, value in weights.items() if not key.startswith(HEADS[1:])}
     model = official_model(weights)
     report = model.load_uniter(stage_1)
     out = model.export_uniter()
@@ -328,7 +336,8 @@ JOINED = pytest.mark.xfail(strict=True, reason="query, key and value are joined 
 
 @pytest.mark.parametrize("key, shape", [
     ("uniter.embeddings.word_embeddings.weight", (200, 48)), ("uniter.embeddings.position_embeddings.weight", (32, 48)),
-    ("uniter.img_embeddings.img_linear.weight", (48, 21)), ("uniter.encoder.layer.1.intermediate.dense.weight", (90, 48)),
+    ("uniter.img_embeddings.img_linear.weight", (48, 21)),
+    ("uniter.encoder.layer.1.intermediate.dense.weight", (90, 48)),
     ("uniter.encoder.layer.0.attention.self.query.weight", (40, 48)),
     pytest.param("uniter.encoder.layer.0.attention.self.value.weight", (40, 48), marks=JOINED),
     pytest.param("uniter.encoder.layer.0.attention.self.key.weight", (48, 40), marks=JOINED),
@@ -339,18 +348,19 @@ def test_a_shape_that_does_not_fit_is_refused_in_one_line_and_nothing_changes(we
     with pytest.raises(ValueError) as fault:
         model.load_uniter({**weights, key: torch.zeros(shape)})
     message = str(fault.value)
-    assert key in message and str(shape) in message and str(tuple(weights[key].shape)) in message and "\n" not in message
+    assert all(part in message for part in (key, str(shape), str(tuple(weights[key].shape)))) and "\n" not in message
     assert bits_equal(snapshot(model), before) and model.uniter_extras == {}
 
 
 def test_weights_of_another_size_are_refused(weights):
-    for changes in (dict(vocab_size=100), dict(layers=4), dict(intermediate=64), dict(feature_size=19), dict(max_positions=32)):
+    for size, other in dict(vocab_size=100, layers=4, intermediate=64, feature_size=19, max_positions=32).items():
         with pytest.raises(ValueError):
-            official_model(weights, **changes).load_uniter(weights)
+            official_model(weights, **{size: other}).load_uniter(weights)
 
 
-@pytest.mark.parametrize("key", ["uniter.encoder.layer.2.output.dense.weight", "uniter.encoder.layer.0.attention.self.key.bias",
-                                 "uniter.pooler.dense.bias", "uniter.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("key", [
+    "uniter.encoder.layer.2.output.dense.weight", "uniter.encoder.layer.0.attention.self.key.bias",
+    "uniter.pooler.dense.bias", "uniter.embeddings.word_embeddings.weight"])
 def test_an_incomplete_encoder_is_refused_and_nothing_changes(weights, key):
     model = official_model(weights)
     before = snapshot(model)
@@ -364,8 +374,8 @@ def test_an_incomplete_encoder_is_refused_and_nothing_changes(weights, key):
 
 
 def test_sizes_are_read_off_the_weights(weights, golden):
-    config = Config.from_uniter(weights, heads=4, dropout=0.3)
-    assert config == Config(vocab_size=211, feature_size=20, hidden=48, layers=3, heads=4, intermediate=96, max_positions=64, dropout=0.3)
+    sizes = dict(vocab_size=211, feature_size=20, hidden=48, layers=3, heads=4, intermediate=96, max_positions=64)
+    assert Config.from_uniter(weights, heads=4, dropout=0.3) == Config(**sizes, dropout=0.3)
     assert Config.from_uniter(pretrained(weights), heads=4) == Config.from_uniter(weights, heads=4)
 
 
