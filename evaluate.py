@@ -75,25 +75,27 @@ def equal_groups(sizes, most):
             yield size, block
 
 
-def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None):
+def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None,
+                 images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
 
-    captions: (C,) long, the captions wanted, in that order; None = all.  progress: called as progress(pairs done, all).
+    captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs done, all).
     An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow.
     """
     content, pad = data.splits[split], data.tokenizer.pad_id
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
+    images = torch.arange(len(content.images)) if images is None else images
     lengths = torch.cat([(data.text(split, block) != pad).sum(1) for block in captions.split(4096)])
-    counts = torch.as_tensor(data.regions.counts[content.rows])
-    scores, done = torch.empty(len(captions), len(content.images)), 0
+    counts = torch.as_tensor(data.regions.counts[content.rows[images]])
+    scores, done = torch.empty(len(captions), len(images)), 0
     with inference(model, device, dtype):
         for _, columns in equal_groups(counts, 1024):
-            features, boxes, _ = data.image(split, columns)
-            images = model.prepare_regions(features.to(device), boxes.to(device))
+            features, boxes, _ = data.image(split, images[columns])
+            pictures = model.prepare_regions(features.to(device), boxes.to(device))
             for _, rows in equal_groups(lengths, 256):
                 texts = model.prepare_text(data.text(split, captions[rows]).to(device))
                 pairs = torch.arange(len(rows) * len(columns), device=device)
-                logits = model.score_pairs(texts, pairs // len(columns), images, pairs % len(columns), score_batch)
+                logits = model.score_pairs(texts, pairs // len(columns), pictures, pairs % len(columns), score_batch)
                 scores[rows[:, None], columns] = logits.float().view(len(rows), -1).cpu()  # the only wait for a GPU
                 done += len(pairs)
                 if progress:

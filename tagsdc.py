@@ -5,7 +5,6 @@ K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: T
 """
 import argparse
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -275,7 +274,7 @@ class Run:
                 dist.barrier()  # best.pt is whole before anyone reads it
             self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
             if self.plan[self.at["phase"]][0] == "warmup":
-                self.at["warmup"] = test_report(self.model, self.data, self.args, self.device)[0]
+                self.at["warmup"] = test_report(self.model, self.data, final_split(self.data), self.args, self.device)[0]
             self.at["step"] = 0
         self.at["phase"] = len(self.plan)
         self.save("last.pt")
@@ -332,7 +331,7 @@ class Run:
     def validate(self, row):
         """Recall on the first --val-images of val (train, if there is no val); the best weights go to best.pt, all to last.pt."""
         split = "val" if "val" in self.data.splits else "train"
-        metrics = evaluate.retrieval_metrics(*scores_of(self.model, head(self.data, split, self.args.val_images), split, self.args, self.device))
+        metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, self.args, self.device, self.args.val_images))
         row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
         say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
         if metrics["rsum"] > self.at["val"].get("rsum", -1):
@@ -367,27 +366,20 @@ def load_checkpoint(path, own=False):
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
-def head(data, split, images):
-    """The data set with `split` cut to its first images."""
-    content = data.splits[split]
-    keep = int(torch.searchsorted(content.image_of_caption, images))
-    cut = dataclasses.replace(content, images=content.images[:images], rows=content.rows[:images], captions=content.captions[:keep],
-                              image_of_caption=content.image_of_caption[:keep], phrases=content.phrases and content.phrases[:keep],
-                              scenes=content.scenes and content.scenes[:images])
-    return dataclasses.replace(data, splits={split: cut})
-
-
-def scores_of(model, data, split, args, device):
-    """Score matrix (C, I) of a split and the image of each caption, what retrieval_metrics takes. Processes share the captions."""
-    content, (rank, processes) = data.splits[split], world()
-    rows = torch.arange(len(content.captions)).tensor_split(processes)[rank]
-    part = evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch, captions=rows)
+def scores_of(model, data, split, args, device, images=None):
+    """Score matrix (C, I) of a split, or of its first `images` images and their captions, and the image of each caption, as
+    retrieval_metrics takes them. Several processes share the captions."""
+    owner, (rank, processes) = data.splits[split].image_of_caption, world()
+    owner = owner[:torch.searchsorted(owner, images)] if images else owner
+    rows, columns = torch.arange(len(owner)).tensor_split(processes)[rank], torch.arange(len(data.splits[split].images))[:images]
+    show = (lambda done, total: say(f"scored {done:,} of {total:,} pairs", True)) if sys.stdout.isatty() else None
+    part = evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch, show, rows, columns)
     if processes == 1:
-        return part, content.image_of_caption
-    scores = torch.zeros(len(content.captions), len(content.images), device=device)
+        return part, owner
+    scores = torch.zeros(len(owner), len(columns), device=device)
     scores[rows.to(device)] = part.to(device)
     dist.all_reduce(scores)
-    return scores.cpu(), content.image_of_caption
+    return scores.cpu(), owner
 
 
 def tailored_examples(model, data, split, captions, args, device):
@@ -408,7 +400,12 @@ def tailored_examples(model, data, split, captions, args, device):
                 flagged=(discrimination[..., 0] > discrimination[..., 1]).view_as(sentences), corrections=corrections.view_as(sentences))
 
 
-def test_report(model, data, args, device, split="test"):
+def final_split(data):
+    """The split that is reported and searched: test, or the nearest there is."""
+    return next(name for name in ("test", "val", "train") if name in data.splits)
+
+
+def test_report(model, data, split, args, device):
     """Everything measured on a split -> ({metric: value}, score matrix, the generated examples)."""
     content = data.splits[split]
     scores, owner = scores_of(model, data, split, args, device)
@@ -460,9 +457,9 @@ TABLE = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10":
 
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
-    split, out, warmup = next(name for name in ("test", "val", "train") if name in data.splits), Path(args.out), state["warmup"] or {}
+    split, out, warmup = final_split(data), Path(args.out), state["warmup"] or {}
     content = data.splits[split]
-    metrics, scores, made = test_report(model, data, args, device, split)
+    metrics, scores, made = test_report(model, data, split, args, device)
     if world()[0] > 0:
         return
     for path in args.probe:
@@ -487,7 +484,7 @@ def finish(args, data, model, device, state):
 
 def search(args, data, model, device, count=6):
     """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
-    split = next(name for name in ("test", "val", "train") if name in data.splits)
+    split = final_split(data)
     content, out, picture = data.splits[split], Path(args.out), None
     if args.query:
         unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
@@ -539,11 +536,11 @@ def parse_arguments(argv):
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=5000, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=60", "tags=20", "dc=20"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--steps", type=int, default=6000, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=4", "tags=1", "dc=1"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
-    add("--words-first", type=float, default=0.5, help="share of the warm-up that learns words (MLM) alone, before matching")
+    add("--words-first", type=float, default=0.8, help="share of the warm-up that learns words (MLM) alone, before matching")
     add("--mask-probability", type=float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
     add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")

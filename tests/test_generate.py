@@ -237,17 +237,17 @@ def by_image_and_place(ids, image):
     return 1e4 * torch.nn.functional.one_hot(word, END).float()
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
-def test_only_masked_positions_are_refilled_and_each_for_its_own_image(chunk_size):
+@pytest.mark.parametrize("chunk_size, refills", [(1, 3), (4, 3), (1000, 3), (1000, 1)])
+def test_only_masked_positions_are_refilled_and_each_for_its_own_image(chunk_size, refills):
     """Also where the 80/10/10 rule showed a random word or kept the original; the refills of masking 0 come first."""
     ids = torch.tensor([sentence(5, 6, 7, 8, length=8), sentence(9, 10, 11, 12, 13, 14), sentence(15, length=8)])
     masked, labels = mask(ids, None, 5)
     before = masked.clone()
-    candidates = refill(by_image_and_place, masked, labels, refills=3, chunk_size=chunk_size)
+    candidates = refill(by_image_and_place, masked, labels, refills=refills, chunk_size=chunk_size)
     expected = ids[:, None].expand(3, 5, 8).clone()
     for i, m, j in (labels >= 0).nonzero().tolist():
         expected[i, m, j] = FIRST + (3 * i + j) % (END - FIRST)
-    assert torch.equal(candidates, expected.repeat_interleave(3, dim=1))
+    assert torch.equal(candidates, expected.repeat_interleave(refills, dim=1))
     assert torch.equal(masked, before), "the masked captions were written over; the MLM loss needs them"
 
 
