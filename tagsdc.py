@@ -4,7 +4,6 @@ Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors fi
 K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable.
 """
 import argparse
-import csv
 import json
 import math
 import os
@@ -198,13 +197,6 @@ def phase_plan(args):
     return plan
 
 
-def make_optimizer(model):
-    """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5)."""
-    groups = [dict(params=[p for p in model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
-              for decayed in (True, False)]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
-
-
 def rate(step, steps):
     """Share of the peak learning rate: linear warm-up over the first tenth of a phase, then linear decay to nothing."""
     return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))
@@ -235,7 +227,7 @@ class Run:
     def __init__(self, args, data, model, device):
         self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
         self.plan, self.rank = phase_plan(args), world()[0]
-        self.objective, self.optimizer = Objective(model, data.tokenizer, args), make_optimizer(model)
+        self.objective, self.optimizer = Objective(model, data.tokenizer, args), None
         if world()[1] > 1:  # a term that is off, or a phase without it, leaves heads without gradient
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
         self.rng = torch.Generator().manual_seed(args.seed + self.rank)                   # batches and masks, on the CPU
@@ -243,18 +235,25 @@ class Run:
         self.at = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[])
         self.signal, self.started = 0, time.time()
 
+    def new_optimizer(self):
+        """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
+        groups = [dict(params=[p for p in self.model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
+                  for decayed in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
     def save(self, name):
         """Writes everything that --resume, --eval and --checkpoint need."""
         if self.rank == 0:
             state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config),
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
-                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=plain(self.args))
+                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=recorded(self.args))
             write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def resume(self, state):
         """Takes up where the checkpoint `state` stands; processes other than the first draw afresh from there on."""
         self.at = {key: state[key] for key in self.at}
         self.model.load_state_dict(state["model"])
+        self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         for generator, value in zip((self.rng, self.device_rng, torch.default_generator), state["rng"]):
             generator.set_state(value) if self.rank == 0 else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
@@ -265,7 +264,7 @@ class Run:
             signal.signal(number, lambda number, _: setattr(self, "signal", number))
         for self.at["phase"] in range(self.at["phase"], len(self.plan)):
             if self.at["step"] == 0:
-                self.optimizer = make_optimizer(self.model)
+                self.new_optimizer()
             self.model.train()
             self.train_phase(*self.plan[self.at["phase"]])
             if self.signal:
@@ -326,7 +325,9 @@ class Run:
         if not self.signal and (last or done // args.log_every % max(1, total // args.log_every // args.validations) == 0):
             self.validate(row)
         if self.rank == 0:
-            write_atomically(self.out / "log.csv", lambda path: write_csv(path, self.at["log"]))
+            names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
+            lines = [names, *([row.get(name, "") for name in names] for row in self.at["log"])]
+            write_atomically(self.out / "log.csv", lambda path: path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines)))
 
     def validate(self, row):
         """Recall on the first --val-images of val (train, if there is no val); the best weights go to best.pt, all to last.pt."""
@@ -340,15 +341,9 @@ class Run:
         self.save("last.pt")
 
 
-def plain(args):
+def recorded(args):
     """The arguments as JSON and torch.load(weights_only=True) can hold them."""
-    return {name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value for name, value in vars(args).items()}
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader(), writer.writerows(rows)
+    return {**vars(args), "dtype": str(args.dtype).removeprefix("torch.")}
 
 
 def load_checkpoint(path, own=False):
@@ -476,7 +471,7 @@ def finish(args, data, model, device, state):
     picture_negatives(out / "negatives.png", data, split, scores, made)
     if not args.eval:
         evaluate.draw_curves(out / "curves.png", state["log"])
-        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": plain(args), "seed": args.seed,
+        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": recorded(args), "seed": args.seed,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
         write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
@@ -654,7 +649,16 @@ def run(args):
     source = args.eval or args.checkpoint or (f"{args.out}/last.pt" if args.resume else None)
     state = load_checkpoint(source, own=True) if source else None
     torch.manual_seed(args.seed + world()[0])
-    data = load(args, state)
+    store = Path(args.out) / "data"
+    store.mkdir(parents=True, exist_ok=True)
+    if world()[0] > 0:
+        dist.barrier()  # the first process converts the data, the others then find it done
+    data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
+        args.data, args.root, args.features, args.phrases, args.skip_bad, state and state["tokens"], state and state["config"]["feature_size"], store)
+    if world()[1] > 1 and world()[0] == 0:
+        dist.barrier()
+    for note in data.notes:
+        say(note)
     model = make_model(args, data, state).to(device)
     model.checkpointing = args.recompute
     if args.query or args.image:
@@ -670,24 +674,6 @@ def run(args):
         state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
     finish(args, data, model, device, state)
     return 0
-
-
-def load(args, state):
-    """The data set that the arguments name; among several processes the first one converts and the others then read."""
-    store, (rank, processes) = Path(args.out) / "data", world()
-    store.mkdir(parents=True, exist_ok=True)
-    if rank > 0:
-        dist.barrier()
-    if args.data == "scenes":
-        data = datasets.load_scenes(args.seed, args.scenes, store)
-    else:
-        data = datasets.load_data(args.data, args.root, args.features, args.phrases, args.skip_bad, state and state.get("tokens"),
-                                  state and state["config"]["feature_size"], store=store)
-    if rank == 0 and processes > 1:
-        dist.barrier()
-    for note in data.notes:
-        say(note)
-    return data
 
 
 if __name__ == "__main__":

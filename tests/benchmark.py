@@ -225,3 +225,152 @@ def compare(what, args, runners, items, flops, agreement):
         if "official" in rates:
             rows[-1].update(official_per_s=rates["official"], official_ratio=ratios["official"])
     return rows
+
+
+def score(model, args, data, plain):
+    """The rows of "score"; stops if ours and plain disagree."""
+    ours = {dtype: lambda dtype=dtype: evaluate.score_matrix(model, data, "train", args.device, dtype, args.batch)
+            for dtype in (torch.float32, torch.bfloat16)}
+    runners = {**ours, **{name: lambda together=together: plain.score_matrix(data, args.device, args.batch, together)
+                          for name, together in (("plain", args.batch), ("official", 1))}}
+    right, ranks = runners["plain"](), lambda x: x.flatten().argsort().argsort().double()
+    found = {dtype: run() for dtype, run in ours.items()}
+    if (found[torch.float32] - right).abs().max() > 1e-4:
+        sys.exit(f"ours and plain differ by {(found[torch.float32] - right).abs().max():.1e}")
+    flops = pair_flops(model.config, data.lengths[:, None].double(), data.counts[None]).mean().item()
+    return compare("score", args, runners, right.numel(), flops, lambda dtype: {
+        "agree": torch.corrcoef(torch.stack((ranks(found[dtype]), ranks(right))))[0, 1].item(),
+        "difference": (found[dtype] - right).abs().max().item()})
+
+
+def step(model, args, data, plain):
+    """The rows of "step"; stops if the losses disagree. On a GPU also whether a step makes the host wait."""
+    options = tagsdc.parse_arguments(f"--batch-size {args.anchors} --pool 399 --hard 31 --maskings 20 --refills 20 --score-batch {args.batch}".split())
+    objective = tagsdc.Objective(model.train(), data.tokenizer, options)
+
+    def run(dtype):
+        options.dtype, rng = dtype, torch.Generator().manual_seed(0)
+        draws = rng, torch.Generator(args.device).manual_seed(0), args.device
+        loss = plain_step(plain, data, options, *draws) if dtype == "plain" else tagsdc.training_step(objective, data, options, WEIGHTS, *draws)[0]
+        loss.backward()
+        return loss.detach()
+    runners = {name: lambda name=name: run(name) for name in (torch.float32, torch.bfloat16, "plain")}
+    found = {name: run().item() for name, run in runners.items()}
+    if abs(found[torch.float32] - found["plain"]) > 1e-4:
+        sys.exit(f"ours and plain lose {found[torch.float32]:.5f} and {found['plain']:.5f}")
+    if args.device.startswith("cuda"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(torch.bfloat16)
+            print("step: the host never waits for the GPU")
+        except RuntimeError as fault:
+            print(f"step: the host waits for the GPU: {fault}")
+        torch.cuda.set_sync_debug_mode("default")
+    mean = pair_flops(model.config, data.lengths[:, None].double(), data.counts[None]).mean().item()
+    m, k, h = options.maskings, options.refills, options.hard
+    return compare("step", args, runners, args.anchors, mean * (2 * options.pool + m + m * k + 3 * (1 + 3 * h + m)), lambda dtype: {
+        "agree": 1 - abs(found[dtype] / found["plain"] - 1), "loss": found[dtype], "difference": abs(found[dtype] - found["plain"])})
+
+
+@contextlib.contextmanager
+def explicit_attention():
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0):
+        weights = q @ k.transpose(2, 3) * q.size(-1) ** -0.5
+        return (weights if attn_mask is None else weights.masked_fill(~attn_mask, float("-inf"))).softmax(-1) @ v
+    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def score_without(model, args, data, dtype, once=True, cls_only=True, grouped=True):
+    """evaluate.score_matrix, its savings to be switched off -> (C, I) on the device."""
+    captions, images = torch.arange(len(data.ids)), torch.arange(len(data.features))
+    scores = torch.empty(len(captions), len(images), device=args.device)
+    columns_of, rows_of = (list(evaluate.equal_groups(sizes, 1024)) if grouped else [(None, torch.arange(len(sizes)))]
+                           for sizes in (data.counts, data.lengths))
+    with evaluate.inference(model, args.device, dtype):
+        for _, columns in columns_of:
+            *regions, real = (x.to(args.device) for x in data.image("train", columns))
+            regions.append(None if grouped else real)
+            for _, rows in rows_of:
+                ids = data.text("train", rows).to(args.device)
+                words = [ids, None if grouped else ids != 0]
+                pick = lambda tensors, index: [x if x is None else x[index] for x in tensors]  # noqa: E731
+                texts, seen = model.prepare_text(*words), model.prepare_regions(*regions)
+                logits = []
+                for block in torch.arange(len(rows) * len(columns), device=args.device).split(args.batch):
+                    t, i = (block // len(columns), block % len(columns)) if grouped else (block % len(rows), block // len(rows))
+                    pairs = (texts, t, seen, i) if once else (
+                        model.prepare_text(*pick(words, t)), (each := torch.arange(len(t), device=args.device)),
+                        model.prepare_regions(*pick(regions, i)), each)
+                    logits.append(model.score_pairs(*pairs) if cls_only else model.match(model.encode_pairs(*pairs)))
+                part = torch.cat(logits)
+                scores[rows[:, None], columns] = part.view(len(rows), -1) if grouped else part.view(-1, len(rows)).T
+    return scores
+
+
+def savings(model, args, data, plain):
+    """Rows {"what": "savings", "name", "dtype", "gain"}: seconds without over seconds with, in rounds of all variants."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        def variant(within=contextlib.nullcontext, dtype=dtype, **off):
+            def run():
+                with within():
+                    return score_without(model, args, data, dtype, **off)
+            return run
+        runners = {"all": variant(), "embeddings and first q, k, v once, not per pair": variant(once=False),
+                   "last layer for [CLS] alone": variant(cls_only=False), "equal lengths instead of padding": variant(grouped=False),
+                   "fused attention": variant(explicit_attention), "inference mode instead of no_grad": variant(torch.inference_mode)}
+        if dtype == torch.bfloat16:
+            runners["bfloat16 instead of float32"] = variant(dtype=torch.float32)
+        seconds, _ = alternate(runners, args.rounds, args.device)
+        for name in list(runners)[1:]:
+            gain = median(off / on for off, on in zip(seconds[name], seconds["all"]))
+            gain = 1 / gain if name.startswith("inference mode") else gain  # not the default: what it would bring
+            rows.append({"what": "savings", "size": args.size, "dtype": str(dtype).removeprefix("torch."), "name": name, "gain": gain})
+    return rows
+
+
+def growth(model, args, data, plain):
+    """Rows {"what": "growth", "pairs", "seconds", "memory_mb"}: float32 scoring of ever more captions with the same images."""
+    rows = []
+    for captions in (len(data.ids) * 2 ** n for n in range(4)):
+        more = Made(args.size, captions, len(data.features))
+        seconds, memory = alternate({0: lambda: evaluate.score_matrix(model, more, "train", args.device, torch.float32, args.batch)},
+                                    max(args.rounds // 3, 1), args.device)
+        rows.append({"what": "growth", "size": args.size, "pairs": captions * len(data.features), "seconds": median(seconds[0]),
+                     "memory_mb": memory[0]})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, after a warm-up (default 5)")
+    parser.add_argument("--pairs", type=int, help="to score in a round (default: 8192 tiny, 128 base; 64 times that on a GPU)")
+    parser.add_argument("--anchors", type=int, help="in a step (default: 2 tiny, 1 base; 32 on a GPU)")
+    parser.add_argument("--batch", type=int, help="pairs in one pass without gradient (default 128; 2048 on a GPU)")
+    parser.add_argument("--what", nargs="+", choices=["score", "step", "savings", "growth"], help="default: score and step")
+    args = parser.parse_args()
+    gpu, tiny = args.device.startswith("cuda"), args.size == "tiny"
+    args.pairs = args.pairs or (8192 if tiny else 128) * (64 if gpu else 1)
+    args.anchors, args.batch = args.anchors or (32 if gpu else 2 if tiny else 1), args.batch or (2048 if gpu else 128)
+    torch.manual_seed(0)
+    made = SIZES[args.size]
+    model = TagsDC(Config.preset(args.size, vocab_size=made["vocab"], feature_size=made["features"], dropout=0.0)).to(args.device)
+    plain, captions, rows = Plain(model, args.device), max(1, round((args.pairs / 2) ** 0.5)), []
+    for what in args.what or ["score", "step"]:
+        data = Made(args.size, 800, 400) if what == "step" else Made(args.size, captions, args.pairs // captions)
+        rows += globals()[what](model, args, data, plain)
+        for row in rows[-len(rows):]:
+            pass
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

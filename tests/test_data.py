@@ -11,8 +11,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data as data_module
-from data import (Data, InputError, Regions, Split, WordPiece, build_vocabulary, check_regions, image_key, load_data,
-                  parse_phrases, read_phrases, split_words, write_regions)
+from data import (Data, InputError, Regions, Split, WordPiece, build_vocabulary, check_regions, describe_crops, image_key,
+                  load_data, parse_phrases, read_phrases, split_words, write_regions)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not here")
@@ -252,7 +252,7 @@ def test_own_captions_and_images(tmp_path):
     ("flickr30k", "flickr8k_precomp", None, (120, 40, 40), 1280),
     ("coco", "butd", None, (0, 0, 7), 2048),
     ("coco", "butd", "butd/train2014_obj36.sample.tsv", (0, 0, 7), 2048),
-    ("coco", "butd", "butd/images", (0, 0, 7), 144)])
+    ("coco", "butd", "butd/images", (0, 0, 7), 256)])
 def test_every_form_is_read(tmp_path, name, root, features, counts, size):
     name = REAL / name if root is None else name
     tokens = (REAL / "vocab/bert-base-cased-vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -500,6 +500,64 @@ def test_pictures_become_grid_cells_and_bad_ones_are_named(tmp_path):
     (tmp_path / "r/images/2.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match="2.jpg"):
         load_data("coco", tmp_path / "r", store=tmp_path)
+
+
+def test_crops_are_described_by_colours_and_edges():
+    pixels = np.full((40, 80, 3), 255, np.uint8)
+    pixels[:, 40:] = (255, 0, 0)                                                # white on the left, red on the right
+    picture, boxes = Image.fromarray(pixels), [[0, 0, 1, 1], [0, 0, .5, 1], [.5, 0, 1, 1]]
+    whole, white, red = features = describe_crops(picture, boxes)
+    assert features.shape == (3, 256) and features.dtype == np.float32 and abs(features).max() <= 1
+    thumbnail, histogram, edges = whole[:48].reshape(4, 4, 3), whole[48:112], whole[112:].reshape(6, 6, 4)
+    assert np.allclose(thumbnail[:, :2], 1, atol=.01) and np.allclose(thumbnail[:, 2:], [1, -1, -1], atol=.01)
+    assert np.allclose(histogram[[63, 48]], .5 ** .5) and np.isclose((histogram ** 2).sum(), 1)
+    assert (edges[:, 2:4, 0] > .3).all() and edges[:, [0, 1, 4, 5]].max() == edges[..., 1:].max() == 0      # one vertical edge
+    assert white[48 + 63] == red[48 + 48] == 1 and white[112:].max() == red[112:].max() == 0
+    assert np.allclose(describe_crops(picture.rotate(90, expand=True), boxes[:1])[0, 112:].reshape(6, 6, 4)[2:4, :, 2], edges[:, 2:4, 0].T)
+    assert np.array_equal(describe_crops(picture, boxes[1:])[0], white)         # a box does not depend on the others
+
+
+def test_progress_is_quiet_unless_it_takes_long(tmp_path, capsys, monkeypatch):
+    write_regions(tmp_path / "a.bin", made(3), {})
+    assert capsys.readouterr() == ("", "")
+    for terminal in (False, True):
+        clock = iter(range(0, 10 ** 6, 4))                                      # every look at the clock is 4 seconds later
+        monkeypatch.setattr(data_module.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        write_regions(tmp_path / "b.bin", made(7), {})
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("images/s") == (7 if terminal else 2), err
+        assert err.count("\n") == (1 if terminal else 2) and ("\r" in err) == terminal and err.endswith("\n")
+
+
+def test_second_start_reads_no_captions_and_still_sees_changes(root, tmp_path, monkeypatch):
+    first = load_data("coco", root, store=tmp_path, min_count=1)
+    with monkeypatch.context() as patch:
+        for name in ("read_captions", "build_vocabulary"):
+            patch.setattr(data_module, name, None)                              # a call would fail
+        again = load_data("coco", root, store=tmp_path, min_count=1)
+    for split, own in first.splits.items():
+        assert (own.images, own.captions) == (again.splits[split].images, again.splits[split].captions)
+        assert torch.equal(own.image_of_caption, again.splits[split].image_of_caption) and (own.rows == again.splits[split].rows).all()
+    assert again.tokenizer.tokens == first.tokenizer.tokens and again.notes == first.notes
+    karpathy(root / "dataset_coco.json", [("1.jpg", "train", ["a blue dog"])])
+    assert load_data("coco", root, store=tmp_path, min_count=1).splits["train"].captions == ["a blue dog"]
+    (tmp_path / "captions.json").write_text("{")
+    assert load_data("coco", root, store=tmp_path, min_count=1).splits["train"].captions == ["a blue dog"]
+
+
+def test_what_was_left_out_is_counted_at_each_start(root, tmp_path):
+    karpathy(root / "dataset_coco.json", [*IMAGES, ("4.jpg", "train", ["a dog"]), ("5.jpg", "train", [])])
+    first, again = (load_data("coco", root, store=tmp_path, skip_bad=True) for _ in range(2))
+    assert first.notes == again.notes and "left out 2" in first.notes[-1]
+    with pytest.raises(InputError, match="image 4.*no caption"):
+        load_data("coco", root, store=tmp_path)
+
+
+def test_text_parses_no_phrases(tmp_path, monkeypatch):
+    data = tiny_data(tmp_path)
+    monkeypatch.setattr(data_module, "parse_phrases", None)
+    assert data.text("train", range(5)).shape == (5, 9)
 
 
 def test_module_stands_alone():
