@@ -475,7 +475,7 @@ def _precomp(path):
     return array, names
 
 def describe_crops(picture, boxes):
-    """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) float32 in [-1, 1].
+    """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) floats in [-1, 1].
 
     A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
     places = np.asarray(boxes, np.float64) * [*picture.size, *picture.size]

@@ -50,7 +50,8 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     chance = (member * share[:, None]).sum(2) / member.sum(2).clamp(min=1)              # (B, P)
     draw = torch.rand(b, maskings, phrases.size(1), device=device, generator=generator)  # (B, M, P)
     chosen = draw < chance[:, None]
-    fallback = draw.masked_fill(~phrases.any(2)[:, None], 2.0).argmin(2, keepdim=True)  # a uniform draw among the real phrases
+    among_rest = (draw - chance[:, None]) / (1 - chance[:, None])                       # uniform again, where nothing was chosen
+    fallback = among_rest.masked_fill(~phrases.any(2)[:, None], 2.0).argmin(2, keepdim=True)
     chosen = torch.where(chosen.any(2, keepdim=True), chosen, torch.zeros_like(chosen).scatter(2, fallback, True))
     masked = torch.matmul(chosen.float(), member) > 0                                   # (B, M, T)
 
@@ -88,7 +89,10 @@ def is_true(sentences, positives, pad_id=0):
     """Which of the sentences (B, N, T) equal, word for word, one of their row's captions (B, C, T')? -> (B, N) bool."""
     width = max(sentences.size(2), positives.size(2))
     sentences, positives = (F.pad(ids, (0, width - ids.size(2)), value=pad_id) for ids in (sentences, positives))
-    return torch.stack([(sentences == caption[:, None]).all(2) for caption in positives.unbind(1)]).any(0)
+    true = torch.zeros(sentences.shape[:2], dtype=torch.bool, device=sentences.device)
+    for caption in positives.unbind(1):
+        true |= (sentences == caption[:, None]).all(2)
+    return true
 
 
 def drop_non_negatives(candidates, positives, pad_id=0):
@@ -110,14 +114,15 @@ def drop_non_negatives(candidates, positives, pad_id=0):
 def select_hardest(scores, valid, h):
     """The h highest-scoring usable candidates of each row (METHOD 3.4).
 
-    scores: (B, N) float, the higher the harder.  valid: (B, N) bool, True = may serve as a negative.
+    scores: (B, N) float, the higher the harder; one that is not finite is not usable.  valid: (B, N) bool, True = usable.
     Returns index (B, h) long and kept (B, h) bool, hardest first; kept is False where a row ran out of usable candidates, and
     such an index must not be used. Raises ValueError if h > N, naming both.
     """
     if h > scores.size(1):
         raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
-    index = scores.float().masked_fill(~valid, float("-inf")).topk(h, dim=1).indices
-    return index, valid.gather(1, index)
+    usable = valid & scores.isfinite()
+    index = scores.float().masked_fill(~usable, float("-inf")).topk(h, dim=1).indices
+    return index, usable.gather(1, index)
 
 
 @torch.no_grad()

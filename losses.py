@@ -43,7 +43,8 @@ def triplet_loss(positive, negatives, margin=0.2, valid=None):
 
 def matching_loss(logits, matches):
     """Binary cross-entropy of matching logits (...) with float labels (...), 1 = true pair (UNITER's ITM, one output)."""
-    return F.binary_cross_entropy_with_logits(logits.float(), matches.float())
+    cost = F.binary_cross_entropy_with_logits(logits.float(), matches.float(), reduction="none")
+    return masked_mean(cost, torch.ones_like(cost, dtype=torch.bool))
 
 
 def masked_lm_loss(logits, labels):

@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+PRESETS = {"tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
+           "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
+           "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
+           "large": dict(hidden=1024, layers=24, heads=16, intermediate=4096)}
+
+
 @dataclass
 class Config:
     """Sizes of the network; `Config.preset("base", vocab_size=28996, feature_size=2048)` is UNITER-base."""
@@ -28,13 +34,9 @@ class Config:
     @classmethod
     def preset(cls, name, **changes):
         """The sizes called `name`, with `changes` laid over them. Raises ValueError for an unknown name."""
-        presets = {"tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
-                   "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
-                   "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
-                   "large": dict(hidden=1024, layers=24, heads=16, intermediate=4096)}
-        if name not in presets:
-            raise ValueError(f"unknown size {name!r}: choose from {', '.join(presets)}")
-        return cls(**{**presets[name], **changes})
+        if name not in PRESETS:
+            raise ValueError(f"unknown size {name!r}: choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
 
     @classmethod
     def from_uniter(cls, state_dict, heads=None, dropout=0.1):
@@ -42,7 +44,7 @@ class Config:
         state = _official(state_dict)
         try:
             vocab_size, hidden = state["uniter.embeddings.word_embeddings.weight"].shape
-            layers = 1 + max(int(key.split(".")[3]) for key in state if key.startswith("uniter.encoder.layer."))
+            layers = len({key.split(".")[3] for key in state if key.startswith("uniter.encoder.layer.")})
             return cls(vocab_size, state["uniter.img_embeddings.img_linear.weight"].shape[1], hidden, layers,
                        heads or max(hidden // 64, 1), state["uniter.encoder.layer.0.intermediate.dense.weight"].shape[0],
                        state["uniter.embeddings.position_embeddings.weight"].shape[0], dropout)
@@ -220,7 +222,7 @@ class TagsDC(nn.Module):
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off the pooled [CLS]; s(I, T) is their sigmoid."""
         with torch.autocast(hidden.device.type, enabled=False):  # one bfloat16 logit in 256 would tie with another
-            return self.rank(self.pool(hidden.float()))[:, 0]
+            return self.rank(self.pool(hidden.to(self.rank.weight.dtype)))[:, 0]
 
     def pool(self, hidden):
         """tanh(Linear(h_[CLS])): (B, S, D) -> (B, D)."""
@@ -258,7 +260,7 @@ class TagsDC(nn.Module):
                 initialised.append(f"{key.replace(source, name)} from {key}")
         fall_back("rank_output.", "itm_output.", slice(1, 2))
         fall_back("disc_output.", "itm_output.")
-        fall_back("correction_output.", "cls.")
+        fall_back("correction_output.predictions.", "cls.predictions.")
 
         own, fitted = self.state_dict(), {}
         for name, parts in self._official_names().items():
@@ -268,24 +270,24 @@ class TagsDC(nn.Module):
             if absent:
                 initialised.append(f"{absent[0]} at random")
                 continue
-            value = torch.cat([state[part] for part in parts])
-            if value.shape != own[name].shape:
-                raise ValueError(f"{parts[0]} is {tuple(state[parts[0]].shape)}, the model needs "
-                                 f"{(own[name].shape[0] // len(parts), *own[name].shape[1:])}: check the sizes and the vocabulary")
-            fitted[name] = value
-        own.update(fitted)
-        self.load_state_dict(own)
-        used = {part for parts in self._official_names().values() for part in parts} | set(_TIED)
+            for part, place in zip(parts, own[name].chunk(len(parts))):
+                if state[part].shape != place.shape:
+                    raise ValueError(f"{part} is {tuple(state[part].shape)}, the model needs {tuple(place.shape)}: "
+                                     "check the sizes and the vocabulary")
+            fitted[name] = torch.cat([state[part] for part in parts])
+        self.load_state_dict({**own, **fitted})
+        words = state["uniter.embeddings.word_embeddings.weight"]
+        tied = {name for name in _TIED if name in state and torch.equal(state[name], words)}  # an untied decoder has no place here
+        used = {part for parts in self._official_names().values() for part in parts} | tied
         self.uniter_extras = {key: state[key].clone() for key in sorted(given - used)}
         return {"loaded": sorted(given & used), "initialised": initialised, "ignored": sorted(given - used)}
 
     def export_uniter(self):
         """The weights under official names (the inverse of load_uniter, bit for bit), for use in the official code."""
-        own, official = self.state_dict(), dict(self.uniter_extras)
+        own, official = self.state_dict(), {name: value.clone() for name, value in self.uniter_extras.items()}
         for name, parts in self._official_names().items():
             official.update(zip(parts, (part.clone() for part in own[name].chunk(len(parts)))))
-        official.update({name: official["uniter.embeddings.word_embeddings.weight"] for name in _TIED})
-        return official
+        return {name: official["uniter.embeddings.word_embeddings.weight"] for name in _TIED} | official
 
     def _official_names(self):
         """{our name: [official names whose rows, one below the other, make it]}."""

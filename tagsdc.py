@@ -23,7 +23,7 @@ import data as datasets
 import evaluate
 import generate
 import losses
-from model import Config, TagsDC
+from model import PRESETS, Config, TagsDC
 
 # The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
 RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, margin=0.2, dropout=0.1, lambda_wod=5e-4, lambda_woc=5e-4)
@@ -129,9 +129,10 @@ class Objective(torch.nn.Module):
             scores = model.score_pairs(texts, torch.cat((row, every, text_index.flatten())),
                                        images, torch.cat((row, image_index.flatten(), every))).sigmoid()
             positive, false_images, false_texts = scores[:b], scores[b:b + b * h].view(b, h), scores[b + b * h:].view(b, h)
-            terms["hard"] = (losses.triplet_loss(positive, false_texts, margin, text_valid)
-                             + losses.triplet_loss(positive, false_images, margin, image_valid))
-            seen.update(positive=positive.mean(), retrieved=losses.masked_mean(false_texts, text_valid))
+            hard_text = losses.triplet_loss(positive, false_texts, margin, text_valid)
+            hard_image = losses.triplet_loss(positive, false_images, margin, image_valid)
+            terms["hard"] = hard_text + hard_image
+            seen.update(hard_text=hard_text, hard_image=hard_image, positive=positive.mean(), retrieved=losses.masked_mean(false_texts, text_valid))
         if negatives:
             sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
             flat, h = sentences.flatten(0, 1), sentences.size(1)
@@ -244,7 +245,7 @@ class Run:
     def save(self, name):
         """Writes everything that --resume, --eval and --checkpoint need."""
         if self.rank == 0:
-            state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config),
+            state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config), extras=self.model.uniter_extras,
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
                          rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=recorded(self.args))
             write_atomically(self.out / name, lambda path: torch.save(state, path))
@@ -525,7 +526,7 @@ def parse_arguments(argv):
     add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
     add("--scenes", type=int, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
     add = parser.add_argument_group("model").add_argument
-    add("--size", default="tiny", help="tiny, small, base or large (paper: base, large)")
+    add("--size", default="tiny", choices=PRESETS, help="of the network (paper: base, large)")
     add("--init", metavar="FILE", help="start from our checkpoint or official UNITER / TAGS weights, without a warm-up phase")
     add("--heads", type=int, help="attention heads of --init weights, if not 64 wide")
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
@@ -590,6 +591,7 @@ def parse_arguments(argv):
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
         f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
             not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
+    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init, args.phrases, *args.probe) if path}
     for fault in [text for text, wrong in faults.items() if wrong]:
         parser.error(fault)
     return args
@@ -621,6 +623,7 @@ def make_model(args, data, state):
         model = TagsDC(config)
         if "config" in given:
             model.load_state_dict(given["model"])
+            model.uniter_extras = given["extras"]
         else:
             for what, names in model.load_uniter(given).items():
                 say(f"{args.init}: {what} {len(names)}" + (f": {', '.join(names[:4])}{', ...' if names[4:] else ''}" if names and what != "loaded" else ""))

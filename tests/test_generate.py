@@ -82,8 +82,6 @@ def test_whole_phrases_are_masked_with_the_probability_of_the_method(phrases, pr
     check_patterns(phrases, probability)
 
 
-@pytest.mark.xfail(strict=True, reason="argmin of the draws favours phrases of low probability; "
-                                       "argmin of (draw - chance) / (1 - chance) would not")
 def test_a_phrase_drawn_for_want_of_another_is_drawn_uniformly():
     """Also where the phrases' own probabilities differ (METHOD 3.1: if nothing was chosen, one random phrase is)."""
     check_patterns(OVERLAPPING, 0.5)
