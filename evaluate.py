@@ -43,7 +43,6 @@ def retrieval_metrics(scores, image_of_caption):
               for way, rank in (("tr", text_rank), ("ir", torch.cat(image_rank)[asks])) for k in (1, 5, 10)}
     return {**result, "rsum": sum(result.values())}
 
-
 def fold_metrics(scores, image_of_caption, folds=5):
     """retrieval_metrics of each run of I / folds successive images with their own captions, averaged (COCO 1K)."""
     results = []
@@ -51,7 +50,6 @@ def fold_metrics(scores, image_of_caption, folds=5):
         rows = torch.isin(image_of_caption, images).nonzero()[:, 0]
         results.append(retrieval_metrics(scores[rows][:, images], image_of_caption[rows] - images[0]))
     return {key: sum(result[key] for result in results) / folds for key in results[0]}
-
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +64,6 @@ def inference(model, device, dtype=torch.float32):
     finally:
         model.train(training)
 
-
 def equal_groups(sizes, most):
     """Splits 0 .. N-1 into groups of equal sizes (N,) long, at most `most` in each: yields (size, (n,) indices)."""
     values, counts = torch.unique(sizes, return_counts=True)
@@ -74,9 +71,7 @@ def equal_groups(sizes, most):
         for block in group.split(most):
             yield size, block
 
-
-def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None,
-                 images=None):
+def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
 
     captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs done, all).
@@ -102,7 +97,6 @@ def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_ba
                     progress(done, scores.numel())
     return scores
 
-
 def score_sentences(model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
     """Matching logits (N,) of single pairs: sentences (N, T) long, padded, each with its image (N,) long of a split."""
     scores = []
@@ -112,7 +106,6 @@ def score_sentences(model, data, split, sentences, images, device="cpu", dtype=t
             texts, each = model.prepare_text(ids, ids != data.tokenizer.pad_id), torch.arange(len(ids), device=device)
             scores.append(model.score_pairs(texts, each, regions, each).float())
     return torch.cat(scores).cpu()
-
 
 # ---- the paper's analyses --------------------------------------------------------------------------------------------
 
@@ -128,7 +121,6 @@ def judge_words(model, data, split, sentences, images, device="cpu", dtype=torch
             corrections += [model.correct(part).argmax(-1) for part in words.split(16)]  # V may be large
     return torch.cat(discrimination).cpu(), torch.cat(corrections).cpu()
 
-
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.
 
@@ -140,20 +132,16 @@ def word_metrics(discrimination_logits, corrections, sentences, originals, text_
     flagged = (discrimination_logits[..., 0] > discrimination_logits[..., 1]) & text_mask
     words = corrections.argmax(-1) if corrections.dim() == 3 else corrections
     found, mended = (replaced & flagged).sum().item(), (replaced & (words == originals)).sum().item()
-    return {"wod_precision": 100 * found / max(flagged.sum().item(), 1),
-            "wod_recall": 100 * found / max(replaced.sum().item(), 1),
+    return {"wod_precision": 100 * found / max(flagged.sum().item(), 1), "wod_recall": 100 * found / max(replaced.sum().item(), 1),
             "woc_accuracy": 100 * mended / max(replaced.sum().item(), 1)}
-
 
 def own_words(data, texts, images=(), rows=()):
     """The data set with one split, "own", that holds these captions, and images of the store by name and row."""
     owner = torch.zeros(len(texts), dtype=torch.long)
     return dataclasses.replace(data, splits={"own": Split(list(images), np.array(rows, np.int64), texts, owner)})
 
-
 KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
          ("above", "below", "inside", "touching"), ATTRIBUTES]
-
 
 def one_word_wrong(data, split, seed=0):
     """Captions of the scenes, one word changed for another of its kind, so that they parse and the oracle denies them.
@@ -173,13 +161,11 @@ def one_word_wrong(data, split, seed=0):
                 break
     return torch.tensor(captions), own_words(data, texts).text("own", torch.arange(len(texts)))
 
-
 def pairwise_accuracy(model, data, split, captions, wrong_ids, **options):
     """Share of captions (N,) that score above their wrong versions (N, T) with their own image; a tie is a failure."""
     images, own = data.splits[split].image_of_caption[captions], data.text(split, captions)
     right, wrong = (score_sentences(model, data, split, ids, images, **options) for ids in (own, wrong_ids))
     return 100 * (right > wrong).double().mean().item()
-
 
 def false_negative_share(data, split, images, sentences, valid):
     """What the oracle says of generated sentences (N, T) long with images (N,) long, where valid (N,) bool, in percent.
@@ -191,12 +177,10 @@ def false_negative_share(data, split, images, sentences, valid):
     return {"false_negatives": 100 * truth.count(True) / max(len(truth), 1),
             "parse": 100 * (len(truth) - truth.count(None)) / max(len(truth), 1)}
 
-
 # ---- probes on real text ---------------------------------------------------------------------------------------------
 
 PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str},
           "foil": {"image_file": str, "caption": str, "foil": str}, "rococo": {"image": str, "caption": list}}
-
 
 def run_probe(path, model, data, split, **options):
     """One fine-grained test on real text, recognised by the form of its JSON, on those images that have features.
@@ -241,7 +225,6 @@ def run_probe(path, model, data, split, **options):
             result.update(word_metrics(*said, wrong, right, wrong != pad), same_length=int(same.sum()))
     return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
 
-
 def _precision(line, right, r):
     """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
     query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
@@ -249,7 +232,6 @@ def _precision(line, right, r):
     wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)            # ahead of each positive
     hit = (wrong + nth <= r).double()
     return torch.stack(((hit * nth / (wrong + nth)).sum() / r, hit.sum() / r, (wrong[0] == 0).double()))
-
 
 def eccv_metrics(scores, data, split, folder):
     """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
@@ -281,17 +263,14 @@ def eccv_metrics(scores, data, split, folder):
                               [*(100 * torch.stack(found).mean(0)).tolist(), len(found)])
     return result
 
-
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 WIDTH, INK, GREY, ORANGE, BLUE, GREEN = 1120, (35, 38, 45), (125, 128, 135), (204, 80, 0), (0, 105, 190), (0, 130, 80)
 LINES, SHADES = [BLUE, ORANGE, (0, 150, 95), (160, 70, 160), (210, 160, 0), GREY], [(240, 244, 250), (250, 246, 238)]
 
-
 def _write(pen, x, y, text, colour=INK, size=18, anchor="la"):
     pen.text((x, y), text, colour, ImageFont.load_default(size=size), anchor=anchor)
     return pen.textlength(text, ImageFont.load_default(size=size))
-
 
 def _flow(pen, left, top, words, styles={}):
     """Sets words (list or text) in lines, returns the y below. styles: {position: (colour, underlined, note)}."""
@@ -306,14 +285,12 @@ def _flow(pen, left, top, words, styles={}):
         x += max(width, _write(pen, x, y + 25, note, GREEN, 13)) + 6
     return y + (44 if styles else 28)
 
-
 def _stack(path, strips):  # one below the other, a thin rule between them
     whole, y = Image.new("RGB", (WIDTH, sum(strip.height + 1 for strip in strips)), (222, 224, 228)), 0
     for strip in strips:
         whole.paste(strip, (0, y))
         y += strip.height + 1
     whole.save(path)
-
 
 def _draw_rows(path, rows):
     """rows: [(PIL picture or None, [(label, score or None, words or text, styles)])]."""
@@ -329,7 +306,6 @@ def _draw_rows(path, rows):
         strips.append(strip.crop((0, 0, WIDTH, max(y, 184 if picture else 0) + 8)))
     _stack(path, strips)
 
-
 def draw_negatives(path, rows):
     """For some images: the caption, the hardest retrieved negative, and generated ones with what the heads say of them.
 
@@ -342,24 +318,20 @@ def draw_negatives(path, rows):
     for row in rows:
         lines = [("caption", row["score"], row["caption"], {}), ("retrieved", *row["retrieved"][::-1], {})]
         for words, score, *marks in row["generated"]:
-            lines.append(("generated", score, words, {
-                i: (ORANGE if replaced else INK, flagged, f"-> {word}" if word else "")
+            lines.append(("generated", score, words, {i: (ORANGE if replaced else INK, flagged, f"-> {word}" if word else "")
                 for i, (replaced, flagged, word) in enumerate(zip(*marks))}))
         strips.append((row["picture"], lines))
     _draw_rows(path, strips)
-
 
 def draw_search(path, query, picture, results):
     """The query, its PIL picture (or None), and what was found: [(PIL picture or None, text, score)], best first."""
     _draw_rows(path, [(picture, [("query", None, query, {})]), *(
         (image, [(f"{place}.", score, text, {})]) for place, (image, text, score) in enumerate(results, 1))])
 
-
 def picture_of(data, split, image):
     """What stands for an image in our pictures: the drawn scene, or the boxes of its regions where it is a photograph."""
     scenes = data.splits[split].scenes
     return draw(scenes[image]) if scenes else draw_regions(data.image(split, [image])[1][0])
-
 
 def draw_regions(boxes, size=168):
     """A stand-in where there is no picture to show: the regions' boxes (R, 4 or more) as fractions -> PIL image."""
@@ -368,10 +340,8 @@ def draw_regions(boxes, size=168):
         ImageDraw.Draw(image).rectangle(box, outline=LINES[i % len(LINES)])
     return image
 
-
 PANELS = {"losses (log)": ("itm", "hard", "mlm", "tags", "wod", "woc"),
           "matching scores": ("positive", "retrieved", "synthetic"), "validation R@1, %": ("val_tr_r1", "val_ir_r1")}
-
 
 def draw_curves(path, rows):
     """The PANELS over the steps of a log, the phases shaded. rows: dicts, as csv.DictReader reads them from log.csv."""

@@ -18,13 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-
 class Negatives(NamedTuple):
     """What `tailor_negatives` keeps of a batch."""
     sentences: torch.Tensor  # (B, H, T) long; all padding where not valid
     valid: torch.Tensor      # (B, H) bool; False = the caption ran out of usable candidates
     labels: torch.Tensor     # (B, H, T) long; the original word where the sentence differs from the caption, else -1
-
 
 def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None):
     """Masks whole phrases of each caption, M times over (METHOD 3.1).
@@ -61,7 +59,6 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, random_words, original))
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
-
 def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None):
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
 
@@ -84,7 +81,6 @@ def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=
         rows[row, :, column] = words.clamp(max=end - first - 1) + first
     return candidates.view(b, m * refills, t)
 
-
 def is_true(sentences, positives, pad_id=0):
     """Which of the sentences (B, N, T) equal, word for word, one of their row's captions (B, C, T')? -> (B, N) bool."""
     width = max(sentences.size(2), positives.size(2))
@@ -93,7 +89,6 @@ def is_true(sentences, positives, pad_id=0):
     for caption in positives.unbind(1):
         true |= (sentences == caption[:, None]).all(2)
     return true
-
 
 def drop_non_negatives(candidates, positives, pad_id=0):
     """Which candidates may serve as negatives: none of the image's own captions, and no duplicate (METHOD 3.3).
@@ -110,7 +105,6 @@ def drop_non_negatives(candidates, positives, pad_id=0):
     repeat = F.pad((ordered[:, 1:] == ordered[:, :-1]).all(2), (1, 0))                  # (B, N), equals its predecessor
     return ~own & ~torch.zeros_like(repeat).scatter(1, order, repeat)
 
-
 def select_hardest(scores, valid, h):
     """The h highest-scoring usable candidates of each row (METHOD 3.4).
 
@@ -123,7 +117,6 @@ def select_hardest(scores, valid, h):
     usable = valid & scores.isfinite()
     index = scores.float().masked_fill(~usable, float("-inf")).topk(h, dim=1).indices
     return index, usable.gather(1, index)
-
 
 @torch.no_grad()
 def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, vocabulary_range, pad_id=0, maskings=20, refills=20,
@@ -146,7 +139,6 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
     sentences = torch.where(valid[..., None], sentences, pad_id)
     replaced = valid[..., None] & (sentences != input_ids[:, None])
     return Negatives(sentences, valid, torch.where(replaced, input_ids[:, None], -1))
-
 
 def _score_usable(match, candidates, usable, chunk_size):
     """Matching logits (B, N) of the usable candidates; on a GPU of all, since to count the usable ones would halt it."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 before the logarithm
 
-
 def masked_mean(values, valid):
     """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar.
 
@@ -24,7 +23,6 @@ def masked_mean(values, valid):
         processes = dist.get_world_size()
         dist.all_reduce(total)
     return torch.where(valid, values, 0.0).sum() * processes / total.clamp(min=1)
-
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None):
     """mean [margin + s(negative) - s(positive)]+ over all usable negatives, not only the hardest (METHOD 2 and 3.5).
@@ -40,12 +38,10 @@ def triplet_loss(positive, negatives, margin=0.2, valid=None):
     hinge = (margin + negatives.float() - positive.float()[:, None]).clamp(min=0)  # (B, H)
     return masked_mean(hinge, torch.ones_like(hinge, dtype=torch.bool) if valid is None else valid)
 
-
 def matching_loss(logits, matches):
     """Binary cross-entropy of matching logits (...) with float labels (...), 1 = true pair (UNITER's ITM, one output)."""
     cost = F.binary_cross_entropy_with_logits(logits.float(), matches.float(), reduction="none")
     return masked_mean(cost, torch.ones_like(cost, dtype=torch.bool))
-
 
 def masked_lm_loss(logits, labels):
     """Cross-entropy of the MLM head at the masked positions (METHOD 3.5).
@@ -55,7 +51,6 @@ def masked_lm_loss(logits, labels):
     """
     cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
     return masked_mean(cost, labels.flatten() >= 0)
-
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
     """Which words were replaced? Weighted cross-entropy over every text position (METHOD 4).
@@ -67,7 +62,6 @@ def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
     return masked_mean(cost, text_mask)
-
 
 def word_correction_loss(logits, labels):
     """Cross-entropy of the correction head with the original words (METHOD 4).

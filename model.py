@@ -12,12 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 PRESETS = {"tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
            "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
            "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
            "large": dict(hidden=1024, layers=24, heads=16, intermediate=4096)}
-
 
 @dataclass
 class Config:
@@ -51,7 +49,6 @@ class Config:
         except (KeyError, ValueError) as missing:
             raise ValueError(f"not UNITER weights: {missing} is not among its {len(state)} entries") from None
 
-
 @dataclass
 class Prepared:
     """What one modality brings to every pair it meets: embeddings and the first layer's q, k, v, which do not depend on the partner."""
@@ -63,10 +60,8 @@ class Prepared:
         """The rows at `index` (N,) long."""
         return Prepared(*(t if t is None else t.index_select(0, index) for t in (self.states, self.qkv, self.mask)))
 
-
 def _norm(size):
     return nn.LayerNorm(size, eps=1e-12)
-
 
 class TextEmbedding(nn.Module):
     def __init__(self, c):
@@ -80,7 +75,6 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"{input_ids.size(1)} text positions, the model has {self.position.num_embeddings}")
         return self.dropout(self.norm(self.word(input_ids) + self.position.weight[:input_ids.size(1)] + token_type))
 
-
 class RegionEmbedding(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -90,7 +84,6 @@ class RegionEmbedding(nn.Module):
 
     def forward(self, features, boxes, token_type):  # (I, R, F), (I, R, 7), (D,) -> (I, R, D)
         return self.dropout(self.norm(self.feature_norm(self.feature(features)) + self.box_norm(self.box(boxes)) + token_type))
-
 
 class Layer(nn.Module):
     """One post-norm BERT layer. `queries` rows of the input come out; keys and values are always all of it."""
@@ -125,7 +118,6 @@ class Layer(nn.Module):
         x = self.attention_norm(x + self.dropout(self.out(context.transpose(1, 2).flatten(2))))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
-
 class WordHead(nn.Module):
     """BERT's masked-LM head, its decoder tied to the word embeddings it is handed; used for MLM and for word correction."""
 
@@ -136,7 +128,6 @@ class WordHead(nn.Module):
 
     def forward(self, hidden, word_embeddings):  # (..., D), (V, D) -> (..., V)
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
-
 
 class TagsDC(nn.Module):
     """UNITER with a matching, a masked-LM, a word-discrimination and a word-correction head on one shared encoder."""
@@ -304,9 +295,7 @@ class TagsDC(nn.Module):
                 names[name] = [f"{_NAMES[module]}.{leaf}"]
         return names
 
-
-_NAMES = {
-    "text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings",
+_NAMES = {"text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings",
     "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings",
     "region.feature": "uniter.img_embeddings.img_linear", "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
     "region.box": "uniter.img_embeddings.pos_linear", "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
@@ -314,11 +303,9 @@ _NAMES = {
     "discrimination": "disc_output", "mlm.transform": "cls.predictions.transform.dense",
     "mlm.norm": "cls.predictions.transform.LayerNorm", "correction.transform": "correction_output.predictions.transform.dense",
     "correction.norm": "correction_output.predictions.transform.LayerNorm"}
-_LAYER_NAMES = {
-    "qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"],
+_LAYER_NAMES = {"qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"],
     "attention_norm": ["attention.output.LayerNorm"], "up": ["intermediate.dense"], "down": ["output.dense"], "norm": ["output.LayerNorm"]}
 _TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
-
 
 def _official(state_dict):
     """Modern official names: no `module.` prefix, `bert.` -> `uniter.`, gamma / beta -> weight / bias."""

@@ -39,7 +39,6 @@ RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.
 PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("hard", "mlm", "tags", "wod", "woc")}
 SYNTHETIC = {"tags", "wod", "woc"}  # the terms that need generated negatives
 
-
 # ---- one training step -----------------------------------------------------------------------------------------------
 
 def draw_pairs(split, count, rng):
@@ -47,7 +46,6 @@ def draw_pairs(split, count, rng):
     images = torch.randperm(len(split.images), generator=rng)[:count]
     first, end = (torch.searchsorted(split.image_of_caption, images, right=right) for right in (False, True))
     return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
-
 
 def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
     """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked.
@@ -64,11 +62,9 @@ def make_batch(data, split, captions, anchors, device, rng, maskings, probabilit
                  own=data.own_captions(split, images), masked=masked)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels}
 
-
 def word_range(tokenizer):
     """(first, end) of the ids that may be masked and sampled."""
     return tokenizer.first_word, len(tokenizer.tokens)
-
 
 def retrieve_negatives(model, texts, images, batch, args):
     """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
@@ -84,7 +80,6 @@ def retrieve_negatives(model, texts, images, batch, args):
     false_texts = ~generate.is_true(ids.expand(b, p, -1), own[:b])                  # (B, P)
     hard = min(args.hard, p)
     return generate.select_hardest(image_scores, false_images, hard), generate.select_hardest(text_scores, false_texts, hard)
-
 
 def write_negatives(model, images, batch, tokenizer, args, rng):
     """`generate.tailor_negatives` for the anchors of a batch, this model's heads over prepared images being its fill and match."""
@@ -102,7 +97,6 @@ def write_negatives(model, images, batch, tokenizer, args, rng):
         fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=word_range(tokenizer), pad_id=pad,
         refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch, project=model.fill,
         masks=(batch["masked"], batch["labels"]))
-
 
 class Objective(torch.nn.Module):
     """The losses of one batch, so that a data-parallel wrapper sees one forward call for them all (METHOD 5)."""
@@ -155,7 +149,6 @@ class Objective(torch.nn.Module):
             terms["mlm"] = losses.masked_lm_loss(model.fill(hidden[line, column]), targets[targets >= 0].to(ids.device, non_blocking=True))
         return terms, seen
 
-
 def training_step(objective, data, args, weights, rng, device_rng, device):
     """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted sum of the losses.
 
@@ -179,7 +172,6 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
     loss = sum(weights[name] * term for name, term in terms.items())
     return loss, {name: value.detach() for name, value in {**terms, **seen}.items()}
 
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def phase_plan(args):
@@ -197,11 +189,9 @@ def phase_plan(args):
                          args.warmup_lr if name == "warmup" else args.lr))
     return plan
 
-
 def rate(step, steps):
     """Share of the peak learning rate: linear warm-up over the first tenth of a phase, then linear decay to nothing."""
     return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))
-
 
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
@@ -209,17 +199,14 @@ def say(text, passing=False):
     if world()[0] == 0:
         print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
 
-
 def write_atomically(path, write):
     """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
     write(path.with_name(path.name + ".part"))
     os.replace(path.with_name(path.name + ".part"), path)
 
-
 def world():
     """(rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 class Run:
     """A training run: the model, where it stands, and all that its checkpoints hold. With several processes each draws its
@@ -341,11 +328,9 @@ class Run:
             self.save("best.pt")
         self.save("last.pt")
 
-
 def recorded(args):
     """The arguments as JSON and torch.load(weights_only=True) can hold them."""
     return {**vars(args), "dtype": str(args.dtype).removeprefix("torch.")}
-
 
 def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
@@ -358,7 +343,6 @@ def load_checkpoint(path, own=False):
     if not isinstance(state, dict) or (own and "arguments" not in state):
         raise datasets.InputError(f"{path}: no checkpoint of this program; official weights start a run with --init")
     return state
-
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +361,6 @@ def scores_of(model, data, split, args, device, images=None):
     dist.all_reduce(scores)
     return scores.cpu(), owner
 
-
 def tailored_examples(model, data, split, captions, args, device):
     """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
 
@@ -395,11 +378,9 @@ def tailored_examples(model, data, split, captions, args, device):
                 scores=evaluate.score_sentences(*pairs).sigmoid().view_as(valid), discrimination=discrimination.unflatten(0, valid.shape),
                 flagged=(discrimination[..., 0] > discrimination[..., 1]).view_as(sentences), corrections=corrections.view_as(sentences))
 
-
 def final_split(data):
     """The split that is reported and searched: test, or the nearest there is."""
     return next(name for name in ("test", "val", "train") if name in data.splits)
-
 
 def test_report(model, data, split, args, device):
     """Everything measured on a split -> ({metric: value}, score matrix, the generated examples)."""
@@ -426,7 +407,6 @@ def test_report(model, data, split, args, device):
         metrics.update(evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), made["sentences"].flatten(0, 1), keep))
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
-
 def picture_negatives(path, data, split, scores, made, count=6):
     """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
     content, decode, rows = data.splits[split], data.tokenizer.tokens.__getitem__, []
@@ -443,13 +423,11 @@ def picture_negatives(path, data, split, scores, made, count=6):
                          retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
     evaluate.draw_negatives(path, rows)
 
-
 TABLE = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10": "text retrieval R@10", "ir_r1": "image retrieval R@1",
          "ir_r5": "image retrieval R@5", "ir_r10": "image retrieval R@10", "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %",
          "false_negatives": "generated sentences that are true, %", "parse": "generated sentences that parse, %",
          "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
          "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives"}
-
 
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
@@ -477,7 +455,6 @@ def finish(args, data, model, device, state):
         write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
-
 def search(args, data, model, device, count=6):
     """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
     split = final_split(data)
@@ -502,7 +479,6 @@ def search(args, data, model, device, count=6):
         say(f"{score:.4f}  {text}")
     evaluate.draw_search(out / "search.png", args.query or args.image, picture, results)
     say(f"drawn as {out / 'search.png'}")
-
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
@@ -582,8 +558,7 @@ def parse_arguments(argv):
         zero = name.startswith("lambda_") or name in ("dropout", "words_first", "seed")
         if type(value) in (int, float) and not (0 <= value < math.inf if zero else 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} 0")
-    faults = {
-        f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
+    faults = {f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
         f"--scenes {args.scenes}: each split needs an image": min(args.scenes) < 1,
         "--query and --image need a trained model: add --checkpoint runs/scenes/best.pt": (args.query or args.image) and not args.checkpoint,
         f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
@@ -596,7 +571,6 @@ def parse_arguments(argv):
         parser.error(fault)
     return args
 
-
 def hardware(args):
     """(device, dtype) that --device and --dtype come to on this machine. Raises InputError if it lacks what was asked for."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -607,7 +581,6 @@ def hardware(args):
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else "avx512_bf16" in cpu or "amx_bf16" in cpu
     dtype = ("bfloat16" if fast else "float32") if args.dtype == "auto" else args.dtype
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, getattr(torch, dtype)
-
 
 def make_model(args, data, state):
     """The network for this data: from a checkpoint, from --init (ours or official weights), or fresh."""
@@ -631,7 +604,6 @@ def make_model(args, data, state):
     except ValueError as fault:
         raise datasets.InputError(f"{args.init or args.eval or args.checkpoint or '--size'}: {fault}") from None
 
-
 def main(argv=None):
     """The command; returns its exit code."""
     try:
@@ -642,7 +614,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
 
 def run(args):
     """Loads data and model, then trains, evaluates or searches. Returns the exit code."""
@@ -677,7 +648,6 @@ def run(args):
         state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
     finish(args, data, model, device, state)
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
