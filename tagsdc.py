@@ -189,10 +189,6 @@ def phase_plan(args):
                          args.warmup_lr if name == "warmup" else args.lr))
     return plan
 
-def rate(step, steps):
-    """Share of the peak learning rate: linear warm-up over the first tenth of a phase, then linear decay to nothing."""
-    return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))
-
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
     terminal = sys.stdout.isatty()
@@ -234,7 +230,7 @@ class Run:
         if self.rank == 0:
             state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config), extras=self.model.uniter_extras,
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
-                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=recorded(self.args))
+                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=vars(self.args) | dict(dtype=None))
             write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def resume(self, state):
@@ -248,13 +244,13 @@ class Run:
 
     def train(self):
         """Runs what is left of the plan; leaves the best validation weights in the model. Returns False when interrupted."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: setattr(self, "signal", number))
         for self.at["phase"] in range(self.at["phase"], len(self.plan)):
             if self.at["step"] == 0:
                 self.new_optimizer()
             self.model.train()
+            before = [signal.signal(number, lambda number, _: setattr(self, "signal", number)) for number in (signal.SIGINT, signal.SIGTERM)]
             self.train_phase(*self.plan[self.at["phase"]])
+            signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
             if self.signal:
                 return False
             if world()[1] > 1:
@@ -265,15 +261,15 @@ class Run:
             self.at["step"] = 0
         self.at["phase"] = len(self.plan)
         self.save("last.pt")
-        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return True
 
     def train_phase(self, phase, steps, weights, peak):
         """One phase of the plan, from self.at["step"] on: steps, lines of the log, validations."""
         args, sums, clock, since = self.args, {}, time.time(), 0
         for step in range(self.at["step"], steps):
+            lr = peak * min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))  # warm-up, then linear decay
             for group in self.optimizer.param_groups:
-                group["lr"] = peak * rate(step, steps)
+                group["lr"] = lr
             early = phase == "warmup" and step < args.words_first * steps
             self.optimizer.zero_grad(set_to_none=True)
             for _ in range(args.accumulate):
@@ -287,50 +283,39 @@ class Run:
             self.at["step"], since = step + 1, since + 1
             if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.signal and world()[1] == 1):
                 self.report(phase, weights, {name: value.item() / since for name, value in sums.items()}, (time.time() - clock) / since,
-                            peak * rate(step, steps), step + 1 == steps)
+                            lr, step + 1 == steps)
                 sums, clock, since = {}, time.time(), 0
             if self.signal:
                 return self.save("last.pt")
 
     def report(self, phase, weights, means, pace, lr, last):
         """A row of the log after `pace` seconds a step, a validation where one is due. Raises InputError if training diverged."""
-        args, total = self.args, sum(steps for _, steps, _, _ in self.plan)
+        args, total, split = self.args, sum(steps for _, steps, _, _ in self.plan), "val" if "val" in self.data.splits else "train"
         done = sum(steps for _, steps, _, _ in self.plan[:self.at["phase"]]) + self.at["step"]
-        row = {"phase": phase, "step": done, **{name: round(mean, 5) for name, mean in means.items()}, "lr": lr}
+        row = {"phase": phase, "step": done, "lr": lr, **{name: round(mean, 5) for name, mean in means.items()}}
         if not math.isfinite(row["loss"]):
             raise datasets.InputError(f"the loss became {row['loss']} at step {done} ({phase}): lower the learning rate, now {lr:.1e}; "
                                       f"{self.out / 'best.pt'} holds the best weights before that")
         if "hard" in weights:
-            candidates = args.maskings * args.refills * bool(SYNTHETIC & weights.keys())
-            row["negatives_per_s"] = round(args.batch_size * args.accumulate * (2 * args.pool + candidates) * world()[1] / pace)
-        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-            + (f"  {row['negatives_per_s']} negatives/s" if "hard" in weights else "") + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
-        self.at["log"].append(row)
+            candidates = 2 * args.pool + args.maskings * args.refills * bool(SYNTHETIC & weights.keys())
+            means["negatives/s"] = row["negatives_per_s"] = round(args.batch_size * args.accumulate * candidates * world()[1] / pace)
+        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
         if world()[1] > 1:  # all stop at the same step, or none
-            signals = torch.tensor(self.signal, device=self.device)
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            dist.all_reduce(signals := torch.tensor(self.signal, device=self.device), dist.ReduceOp.MAX)
             self.signal = signals.item()
+        self.at["log"].append(row)
         if not self.signal and (last or done // args.log_every % max(1, total // args.log_every // args.validations) == 0):
-            self.validate(row)
+            metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, args, self.device, args.val_images))
+            row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
+            say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
+            if metrics["rsum"] > self.at["val"].get("rsum", -1):
+                self.at["val"] = metrics
+                self.save("best.pt")
+            self.save("last.pt")
         if self.rank == 0:
             names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
             lines = [names, *([row.get(name, "") for name in names] for row in self.at["log"])]
             write_atomically(self.out / "log.csv", lambda path: path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines)))
-
-    def validate(self, row):
-        """Recall on the first --val-images of val (train, if there is no val); the best weights go to best.pt, all to last.pt."""
-        split = "val" if "val" in self.data.splits else "train"
-        metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, self.args, self.device, self.args.val_images))
-        row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
-        say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
-        if metrics["rsum"] > self.at["val"].get("rsum", -1):
-            self.at["val"] = metrics
-            self.save("best.pt")
-        self.save("last.pt")
-
-def recorded(args):
-    """The arguments as JSON and torch.load(weights_only=True) can hold them."""
-    return {**vars(args), "dtype": str(args.dtype).removeprefix("torch.")}
 
 def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
@@ -450,7 +435,7 @@ def finish(args, data, model, device, state):
     picture_negatives(out / "negatives.png", data, split, scores, made)
     if not args.eval:
         evaluate.draw_curves(out / "curves.png", state["log"])
-        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": recorded(args), "seed": args.seed,
+        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": vars(args) | {"dtype": str(args.dtype)}, "seed": args.seed,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
         write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
@@ -582,27 +567,27 @@ def hardware(args):
     dtype = ("bfloat16" if fast else "float32") if args.dtype == "auto" else args.dtype
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, getattr(torch, dtype)
 
-def make_model(args, data, state):
-    """The network for this data: from a checkpoint, from --init (ours or official weights), or fresh."""
+def make_model(args, data, given):
+    """The network for this data: from a checkpoint of ours or official weights if `given`, else fresh. Raises InputError."""
     sizes = dict(vocab_size=len(data.tokenizer.tokens), feature_size=data.feature_size, dropout=args.dropout)
-    given = state or (load_checkpoint(args.init) if args.init else None)
+    if given is None:
+        return TagsDC(Config.preset(args.size, **sizes))
+    own = "config" in given
     try:
-        if given is None:
-            return TagsDC(Config.preset(args.size, **sizes))
-        config = Config(**dict(given["config"], dropout=args.dropout)) if "config" in given else Config.from_uniter(given, args.heads, args.dropout)
+        config = Config(**given["config"] | dict(dropout=args.dropout)) if own else Config.from_uniter(given, args.heads, args.dropout)
         for field in ("vocab_size", "feature_size"):
             if getattr(config, field) != sizes[field]:
-                raise ValueError(f"its {field} is {getattr(config, field)}, the data's {sizes[field]}: give the vocab.txt and features that belong to it")
+                raise ValueError(f"its {field} is {getattr(config, field)}, the data's {sizes[field]}: give the vocab.txt and features of these weights")
         model = TagsDC(config)
-        if "config" in given:
-            model.load_state_dict(given["model"])
-            model.uniter_extras = given["extras"]
-        else:
-            for what, names in model.load_uniter(given).items():
-                say(f"{args.init}: {what} {len(names)}" + (f": {', '.join(names[:4])}{', ...' if names[4:] else ''}" if names and what != "loaded" else ""))
-        return model
+        report = {} if own else model.load_uniter(given)
     except ValueError as fault:
-        raise datasets.InputError(f"{args.init or args.eval or args.checkpoint or '--size'}: {fault}") from None
+        raise datasets.InputError(f"{args.init or args.eval or args.checkpoint}: {fault}") from None
+    if own:
+        model.load_state_dict(given["model"])
+        model.uniter_extras = given["extras"]
+    for what, names in report.items():
+        say(f"{args.init}: {what} {len(names)} entries" + (f", {'; '.join(names[:4])}{'; ...' if names[4:] else ''}" if names and what != "loaded" else ""))
+    return model
 
 def main(argv=None):
     """The command; returns its exit code."""
@@ -622,18 +607,20 @@ def run(args):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     source = args.eval or args.checkpoint or (f"{args.out}/last.pt" if args.resume else None)
     state = load_checkpoint(source, own=True) if source else None
+    given = load_checkpoint(args.init) if args.init and not state else state
     torch.manual_seed(args.seed + world()[0])
     store = Path(args.out) / "data"
     store.mkdir(parents=True, exist_ok=True)
     if world()[0] > 0:
         dist.barrier()  # the first process converts the data, the others then find it done
     data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
-        args.data, args.root, args.features, args.phrases, args.skip_bad, state and state["tokens"], state and state["config"]["feature_size"], store)
+        args.data, args.root, args.features, args.phrases, args.skip_bad, given and given.get("tokens"),
+        given["config"]["feature_size"] if given and "config" in given else None, store)
     if world()[1] > 1 and world()[0] == 0:
         dist.barrier()
     for note in data.notes:
         say(note)
-    model = make_model(args, data, state).to(device)
+    model = make_model(args, data, given).to(device)
     model.checkpointing = args.recompute
     if args.query or args.image:
         search(args, data, model, device)
