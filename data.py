@@ -129,91 +129,35 @@ def build_vocabulary(captions, min_count):
 
 # ---- phrases of a caption --------------------------------------------------------------------------------------------
 
-# Tags: D before a noun, C conjunction, Q pronoun, R adverb, X auxiliary, P preposition, A adjective, N noun that looks like
-# something else, B verb, E past form; * marks verb forms that are as often nouns. Other words go by their ending.
-LEXICON = {word: tag for tag, text in {
-    "D": """a all an another both different each either few half her his its many more most much no other others own same several some
-        someones the their these this those various my our your""",
-    "C": """and as but how if or so that though what when where while whilst""",
-    "Q": """he here herself him himself i it itself me nothing she someone something them there they us we you which who""",
-    "R": """ahead almost also apart away backwards forward indoors just not outdoors overhead sideways somewhere still together too
-        upside upward very well yet""",
-    "X": """'re 's n't am are be been being can do does is may was were will would could should did""",
-    "P": """about above across after against along alongside among amongst around at atop before behind below beneath beside besides
-        between by down during for from in inside into like near of off on onto out outside over past through to toward towards under
-        underneath up upon with within without""",
-    "A": """adult airborne alone american antique asian asleep assorted autumn back bald bare bearded beige big black blond blonde blue
-        blurry bottom bright broken brown busy checkered chinese clean clear closed cloudy cold colored concrete crowded curly cute dark
-        dead deep dirty double dry dusty eight elderly empty extra fake fancy fast female first five flat fluffy foggy foreign four french
-        fresh front full funny furry giant gold golden good grassy gray great green grey happy hard healthy heavy high homemade hot huge
-        indoor jumbo large larger leafy left light liquid little lone long low lush male matching medium messy midair middle military mini
-        miniature mixed mobile modern muddy multi multicolored multiple naked narrow navy nearby neat neon new next nice old older one open
-        opposite ornate outdoor pink plain polar polka pretty purple quiet rainy ready red right ripe rocky rough round rusty sandy seated
-        seven shaggy shallow shiny short silver single six skinny small smaller snowy square steep straight strange striped sunny tall tan
-        tasty teenage thin three tidy tiny top two underwater urban vintage warm wet white wide wild wooden worn yellow young""",
-    "N": """animal building ceiling clothing family hospital metal painting picnic railing signal snowboarding traffic vegetable
-        wedding""",
-    "B": """appear approach attempt balance bat* bend bike* bite* block* blow bow* bowl* break brush* canoe* carry catch chase check
-        climb close* come contain cook corner* cover* craft cross* crouch dance display* drink* drive dust eat enjoy enter eye* face* fall
-        feature* feed fight flip* float fly follow fry gather get give go grab graze grill groom handle* hang have head* help hold include
-        jump* kayak* kick land* lap* lay lean leap leave lie lift like* line* load look* make match* move nap order pack* paddle paint
-        parade* park* pass perform pet photograph pick pile* pitch* place* play* point* pose prepare pull race* raft reach read relax rest*
-        ride* roll row* sail say see seem serve shake share shop* show* sit skate* skateboard* ski* sled sleep slice* slide* smile smoke
-        sniff snowboard* sort speed* splash spray sprinkle stack stand* stare step* stick* stir stop* surf* swim swing* take talk throw tie*
-        touch tour tow trail* train* travel try turn* type* use* view* wait walk* watch* wave* wear work*""",
-    "E": """bent built caught cut* drawn eaten fallen flown frozen heard held hit* hung kept laid lit made put* run* seen set* shot*
-        shown spread* stuck taken thrown tied used written"""}.items() for word in text.split()}
-NOUNLIKE = {word[:-1] for word in LEXICON if word[-1] == "*"}
-LEXICON = {word.rstrip("*"): tag for word, tag in LEXICON.items()}
-# Nouns that make a compound with an -ing word before them: dining room
-HEADS = set("""area bag bench bike board boat bowl cabinet cap cart chair costume court cup desk dish field fountain gear glass ground hat
-    house light lot machine meter outfit pan paper path pole pool rack ring room sheet shirt spoon station stick suit table track trail
-    tray trunk uniform wall""".split())
-PLURAL = set("people men women children kids sheep police cattle two three four both they we you".split())
+# Tags: X in no phrase (articles, pronouns, conjunctions, auxiliaries, adverbs), P preposition, A frequent adjective or number, V frequent
+# verb form. Other words go by their ending, and what is left is a noun (N).
+TAGS = {word: tag for tag, text in {
+    "X": """a all an another both each either few half her his its many more most much no other others own same several some the their these
+        this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
+        something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
+        still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
+    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during for
+        from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within without""",
+    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear cloudy
+        colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french fresh front
+        full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male middle
+        military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple ready
+        red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various vintage
+        wet white wide wild wooden yellow young""",
+    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include jump
+        laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken talk
+        throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
 COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|(out|off|ahead) of|(in|out)side of|"
                      r"in between|(in|on) to|because of|away from)\b")
 
-def _stems(word):
-    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
-
-def _first_tag(word):
-    """A word by itself: a tag of LEXICON, or G an -ing form, S an -s form of a verb, . a mark; N what is left."""
-    if word in LEXICON or not any(map(str.isalpha, word)):
-        return LEXICON.get(word, "A" if word.isdigit() else ".")
-    if len(word) > 4 and word.endswith(("ing", "ed")):
-        return "G" if word.endswith("ing") else "E"
-    if any(LEXICON.get(stem) in ("B", "E") for stem in _stems(word)):
-        return "S"
-    adjective = re.search("(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word[2:])
-    return "R" if word.endswith("ly") else "A" if adjective else "N"
-
-def _tags(words):
-    """The same in context: G E B S become V verb, A attribute or N noun; adjectives without a noun become nouns."""
-    tags = [*map(_first_tag, words), ".", ".", "."]
-    for i, word in enumerate(words):
-        before, last, tag, after = words[i - 1] if i else "", tags[i - 1] if i else "^", tags[i], tags[i + 1]
-        back = next((t for t in tags[:i][::-1] if t != "R"), "^")                # the last tag but adverbs
-        nominal, free = after in "NAGESB", not _stems(word) & NOUNLIKE
-        if word in ("has", "have", "had"):
-            tags[i] = "X" if after == "E" else "V"
-        elif before == "to" and tag in "BE" and words[i - 2] not in ("next", "close"):
-            tags[i] = "V"
-        elif before == "upside" or word == "one" and not nominal:
-            tags[i] = "R"
-        elif tag == "G" and last in "DAP^" and _stems(words[min(i + 1, len(words) - 1)]) & HEADS:
-            tags[i] = "N"
-        elif tag in "GE" and back in "DA":               # a running dog; a painting; all dressed
-            tags[i] = "A" if nominal else "N" if tag == "G" and last == "D" else "V"
-        elif tag == "G":
-            tags[i] = "A" if back + after == "^N" else "N" if not free and last == "P" else "V"
-        elif tag == "E":
-            tags[i] = "A" if nominal and back in "^PC.V" or back + after == "NN" and word not in LEXICON else "V"
-        elif tag in "SB":                                # a man rides, two men ride, a bus stop
-            agrees = (tag == "B") == (before in PLURAL or before[-1:] == "s") or free and tag == "S"
-            tags[i] = "V" if back == "X" or agrees and (back in "NQ" or before in PLURAL) else "N"
-        elif tag == "A" and not nominal and last in "DP" and word not in PLURAL:         # the young; but: is white and black
-            tags[i] = "A" if after + tags[i + 2] == "CA" and tags[i + 3] != "." else "N"
-    return tags
+def _tag(word):
+    """The tag of a word by itself; of words with hyphens the last part decides."""
+    word = word.rsplit("-", 1)[-1] or word
+    if word in TAGS or not any(map(str.isalpha, word)):
+        return TAGS.get(word, "A" if word.isdigit() else "X")
+    if len(word) > 4 and word.endswith(("ing", "ed")) or "V" in (TAGS.get(word.removesuffix("s")), TAGS.get(word.removesuffix("es"))):
+        return "V"
+    return "X" if word.endswith("ly") else "A" if re.search(r"..(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word) else "N"
 
 def parse_phrases(words):
     """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
@@ -228,7 +172,18 @@ def parse_phrases(words):
             low[-1], spans[-1] = low[-1] + word, [*spans[-1], n]
         else:
             low.append(word), spans.append([n])
-    tags = _tags([word.rsplit("-", 1)[-1] or word for word in low])
+    tags = [*map(_tag, low), "X", "X", "X"]
+    for n, word in enumerate(low):                       # the same in context: a running dog, a painting; stop signs; the young
+        participle, last, after = word.endswith(("ing", "ed")), tags[n - 1] if n else "P", tags[n + 1]
+        article = n > 0 and low[n - 1] in ("a", "an", "the", "his", "her", "their", "its", "some")
+        if tags[n] == "V" and (last == "A" or article):
+            tags[n] = "A" if participle and after == "N" else "N"
+        elif tags[n] == "V" and last in "PX" and word.endswith("ed") and after == "N":
+            tags[n] = "A"
+        elif tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn":
+            tags[n] = "N"
+        elif tags[n] == "A" and after in "PX" and (article or n and last == "P"):
+            tags[n] = "N"
 
     def preposition(j):                                  # how many words, 0 if none
         several = COMPLEX.match(" ".join(low[j:j + 4]))
@@ -237,12 +192,11 @@ def parse_phrases(words):
     while i < len(low):
         j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
         if preposition(i):                               # between objects: a man in a hat, a tool for cutting
-            following = next(k for k in range(j, len(tags)) if tags[k] not in "DRAC")
-            gerund = tags[following] == "V" and low[following].endswith("ing")
-            kind = "relation" if "N" in tags[:i] and (tags[following] == "N" or gerund) else None
+            following = next((tag for tag, word in zip(tags[j:], low[j:]) if tag not in "XA" or word == "."), "X")
+            kind = "relation" if "N" in tags[:i] and following in "NV" else None
         elif tags[i] == "N":
             j = next(k for k in range(i, len(tags)) if tags[k] != "N")
-        while tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"]:
+        while kind and tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"]:
             j += preposition(j)
         phrases += [(kind, [p for span in spans[i:j] for p in span])] if kind else []
         i = j

@@ -1,10 +1,10 @@
-"""What a model is worth: scores of all pairs, recall, the paper's analyses, probes on real text, and the pictures.
+"""What a model is worth: recall, scores of all pairs, the paper's analyses, probes on real text, and the pictures.
 
-Letters: C captions, I images, N sentences or pairs, T text positions, V vocabulary. Every mask: True = real. All shares
-are in percent. `device, dtype, score_batch`: where the model lies, float32 or bfloat16 (autocast), pairs in one pass.
-"""
+Letters: C captions, I images, N sentences or pairs, T text positions, V vocabulary. Every mask: True = real. All shares are in percent.
+`device, dtype, score_batch`: where the model lies, float32 or bfloat16 (autocast), pairs in one pass."""
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes, draw, image_key
 
@@ -21,26 +21,21 @@ from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes,
 def retrieval_metrics(scores, image_of_caption):
     """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks), in percent.
 
-    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an
-    image; -1 = a caption of no image, which is only in the way.
-    Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
-    Ranks are exact: the number of wrong items that score as high as the best right one, or higher; so a tie counts
-    against the query, and so does a score that is not a number. An image without a caption asks nothing.
+    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image; -1 = a
+    caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
+    Ranks are exact: the number of wrong items that score as high as the best right one, or higher; so a tie counts against the query,
+    and so does a score that is not a number. An image without a caption asks nothing.
     """
     scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
-    if scores.dim() != 2 or owner.shape != scores.shape[:1] or not scores.numel():
-        raise ValueError(f"scores (C, I) and image_of_caption (C,) wanted, got {(*scores.shape,)}, {(*owner.shape,)}")
-    asks, owner = owner >= 0, owner.clamp(min=0)                                        # (C,)
-    own = scores.gather(1, owner[:, None])                                              # (C, 1)
-    best = own.new_full(scores.shape[1:], -math.inf).scatter_reduce(0, owner[asks], own[asks, 0], "amax")  # (I,)
-    image_rank, text_rank = [], torch.zeros_like(best, dtype=torch.long)
-    for block, target in zip(scores.split(1024), own.split(1024)):                      # bounds the comparisons' memory
-        image_rank.append((~(block < target)).sum(1) - 1)                               # itself is no wrong item
-        text_rank += (~(block < best)).sum(0)
-    text_rank -= torch.bincount(owner[asks & ~(own[:, 0] < best[owner])], minlength=len(best))  # nor are own captions
-    text_rank = text_rank[torch.bincount(owner[asks], minlength=len(best)) > 0]
-    result = {f"{way}_r{k}": 100 * (rank < k).double().mean().item()
-              for way, rank in (("tr", text_rank), ("ir", torch.cat(image_rank)[asks])) for k in (1, 5, 10)}
+    if scores.dim() != 2 or owner.shape != scores.shape[:1] or not scores.numel() or owner.max() >= scores.size(1):
+        raise ValueError(f"scores (C, I) and image_of_caption (C,) below I wanted, got {(*scores.shape,)}, {(*owner.shape,)}")
+    own, result = owner[:, None] == torch.arange(scores.size(1), device=owner.device), {}     # (C, I)
+    for way, queries, rights in (("tr", scores.T, own.T), ("ir", scores, own)):
+        rank = []
+        for line, right in zip(queries.split(1024), rights.split(1024)):                     # bounds the comparisons' memory
+            best = line.where(right, -math.inf).amax(1, keepdim=True)
+            rank.append((~(line < best) & ~right).sum(1)[right.any(1)])
+        result.update({f"{way}_r{k}": 100 * (torch.cat(rank) < k).double().mean().item() for k in (1, 5, 10)})
     return {**result, "rsum": sum(result.values())}
 
 def fold_metrics(scores, image_of_caption, folds=5):
@@ -50,6 +45,42 @@ def fold_metrics(scores, image_of_caption, folds=5):
         rows = torch.isin(image_of_caption, images).nonzero()[:, 0]
         results.append(retrieval_metrics(scores[rows][:, images], image_of_caption[rows] - images[0]))
     return {key: sum(result[key] for result in results) / folds for key in results[0]}
+
+def _precision(line, right, r):
+    """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
+    query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
+    own, nth = line[right].sort(descending=True).values, torch.arange(1, len(right) + 1)
+    wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)                 # ahead of each positive
+    hit = (wrong + nth <= r).double()
+    return torch.stack(((hit * nth / (wrong + nth)).sum() / r, hit.sum() / r, (wrong[0] == 0).double()))
+
+def eccv_metrics(scores, data, split, folder):
+    """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
+
+    scores: (C, I) of a COCO test split.  folder: where {eccv,cxc}_{image_to_caption,caption_to_image}.json are, with coco_test_ids.npy
+    and original_caption_to_image.json, which tell which caption is which.  Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", "eccv_ir_...", "cxc_..."}.
+    """
+    folder, content, result, waiting, row = Path(folder), data.splits[split], {}, {}, {}
+    if not (folder / "coco_test_ids.npy").is_file():
+        return result
+    image_of = json.loads((folder / "original_caption_to_image.json").read_bytes())
+    for caption in np.load(folder / "coco_test_ids.npy", allow_pickle=False).tolist():
+        waiting.setdefault(str(image_of[str(caption)][0]), []).append(str(caption))
+    column = {image_key(name): i for i, name in enumerate(content.images)}
+    for c, i in enumerate(content.image_of_caption.tolist()):
+        if captions := waiting.get(image_key(content.images[i])):                            # its captions in our order
+            row[captions.pop(0)] = c
+    ways = {"tr": ("image_to_caption", column, row, scores.T), "ir": ("caption_to_image", row, column, scores)}
+    for name, (way, (asked, queries, gallery, table)) in itertools.product(("eccv", "cxc"), ways.items()):
+        file, found = folder / f"{name}_{asked}.json", []
+        for query, positives in (json.loads(file.read_bytes()) if file.is_file() else {}).items():
+            right = torch.tensor([gallery[str(p)] for p in set(positives) if str(p) in gallery])
+            if query in queries and len(right):  # as in the official code, R counts all positives of the file
+                found.append(_precision(table[queries[query]], right, len(set(positives))))
+        if found:
+            result |= zip((f"{name}_{way}_{key}" for key in ("map_at_r", "rprecision", "r1", "queries")),
+                          [*(100 * torch.stack(found).mean(0)).tolist(), len(found)])
+    return result
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
@@ -66,16 +97,15 @@ def inference(model, device, dtype=torch.float32):
 
 def equal_groups(sizes, most):
     """Splits 0 .. N-1 into groups of equal sizes (N,) long, at most `most` in each: yields (size, (n,) indices)."""
-    values, counts = torch.unique(sizes, return_counts=True)
-    for size, group in zip(values.tolist(), torch.argsort(sizes, stable=True).split(counts.tolist())):
-        for block in group.split(most):
+    for size in sizes.unique().tolist():
+        for block in (sizes == size).nonzero()[:, 0].split(most):
             yield size, block
 
 def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
 
-    captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs done, all).
-    An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow.
+    captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs
+    done, all). An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow.
     """
     content, pad = data.splits[split], data.tokenizer.pad_id
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
@@ -107,37 +137,37 @@ def score_sentences(model, data, split, sentences, images, device="cpu", dtype=t
             scores.append(model.score_pairs(texts, each, regions, each).float())
     return torch.cat(scores).cpu()
 
-# ---- the paper's analyses --------------------------------------------------------------------------------------------
+# ---- the paper's analyses, probes on real text -------------------------------------------------------------------------
 
 def judge_words(model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
     """What the heads say of each word of sentences (N, T) long, padded, with images (N,) of a split: discrimination
     logits (N, T, 2), class 0 = replaced, and the likeliest original words (N, T) long."""
-    discrimination, corrections = [], []
+    said = []
     with inference(model, device, dtype):
         for ids, chosen in zip(sentences.to(device).split(score_batch), images.split(score_batch)):
             features, boxes, region_mask = (x.to(device) for x in data.image(split, chosen))
             words = model(ids, features, boxes, ids != data.tokenizer.pad_id, region_mask)[:, :ids.size(1)]
-            discrimination.append(model.discriminate(words).float())
-            corrections += [model.correct(part).argmax(-1) for part in words.split(16)]  # V may be large
-    return torch.cat(discrimination).cpu(), torch.cat(corrections).cpu()
+            corrections = [model.correct(part).argmax(-1) for part in words.split(16)]       # V may be large
+            said.append((model.discriminate(words).float(), torch.cat(corrections)))
+    return tuple(torch.cat(part).cpu() for part in zip(*said))
 
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.
 
-    corrections: logits (N, T, V) or their best words (N, T).  sentences, originals: (N, T).  text_mask: (N, T) bool.
-    Replaced is a word that differs from the original, flagged one whose class 0 is the likelier. Correction is judged
-    at replaced words only. A share of nothing is 0.
+    corrections: logits (N, T, V) or their best words (N, T).  sentences, originals: (N, T).  text_mask: (N, T) bool. Replaced is a
+    word that differs from the original, flagged one whose class 0 is the likelier. Correction is judged at replaced words only. A
+    share of nothing is 0.
     """
     replaced = (sentences != originals) & text_mask
     flagged = (discrimination_logits[..., 0] > discrimination_logits[..., 1]) & text_mask
-    words = corrections.argmax(-1) if corrections.dim() == 3 else corrections
-    found, mended = (replaced & flagged).sum().item(), (replaced & (words == originals)).sum().item()
-    return {"wod_precision": 100 * found / max(flagged.sum().item(), 1), "wod_recall": 100 * found / max(replaced.sum().item(), 1),
-            "woc_accuracy": 100 * mended / max(replaced.sum().item(), 1)}
+    mended = replaced & ((corrections.argmax(-1) if corrections.dim() == 3 else corrections) == originals)
+    return {name: 100 * part.sum().item() / max(whole.sum().item(), 1) for name, part, whole in (
+        ("wod_precision", replaced & flagged, flagged), ("wod_recall", replaced & flagged, replaced), ("woc_accuracy", mended, replaced))}
 
 def own_words(data, texts, images=(), rows=()):
-    """The data set with one split, "own", that holds these captions, and images of the store by name and row."""
-    owner = torch.zeros(len(texts), dtype=torch.long)
+    """The data set with one split, "own", of these captions and of images of the store by name and row, to which the captions
+    belong in turn: the first to the first, and round again after the last."""
+    owner = torch.arange(len(texts)) % max(len(images), 1)
     return dataclasses.replace(data, splits={"own": Split(list(images), np.array(rows, np.int64), texts, owner)})
 
 KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
@@ -151,14 +181,11 @@ def one_word_wrong(data, split, seed=0):
     content, captions, texts = data.splits[split], [], []
     for c, (caption, owner) in enumerate(zip(content.captions, content.image_of_caption.tolist())):
         words = caption.split()
-        options = [(i, other) for i, word in enumerate(words) for kind in KINDS if word in kind
+        options = [" ".join([*words[:i], other, *words[i + 1:]]) for i, word in enumerate(words) for kind in KINDS if word in kind
                    for other in kind if other != word and data.tokenizer.unk_id not in data.tokenizer.encode(other)]
         random.Random(f"{seed} {c}").shuffle(options)
-        for i, other in options:
-            changed = " ".join([*words[:i], other, *words[i + 1:]])
-            if describes(changed, content.scenes[owner]) is False:
-                captions.append(c), texts.append(changed)
-                break
+        if wrong := next((text for text in options if describes(text, content.scenes[owner]) is False), None):
+            captions.append(c), texts.append(wrong)
     return torch.tensor(captions), own_words(data, texts).text("own", torch.arange(len(texts)))
 
 def pairwise_accuracy(model, data, split, captions, wrong_ids, **options):
@@ -177,20 +204,17 @@ def false_negative_share(data, split, images, sentences, valid):
     return {"false_negatives": 100 * truth.count(True) / max(len(truth), 1),
             "parse": 100 * (len(truth) - truth.count(None)) / max(len(truth), 1)}
 
-# ---- probes on real text ---------------------------------------------------------------------------------------------
-
 PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str},
           "foil": {"image_file": str, "caption": str, "foil": str}, "rococo": {"image": str, "caption": list}}
 
 def run_probe(path, model, data, split, **options):
     """One fine-grained test on real text, recognised by the form of its JSON, on those images that have features.
 
-    SugarCrepe {id: {filename, caption, negative_caption}} and FOIL as VALSE has it {id: {image_file, caption, foil}}:
-    "pairwise", the share of true captions that score above their false ones. FOIL also: word_metrics on the false ones
-    that have as many word pieces as the true, "same_length" of them. RoCOCO [{image, caption: [true .., 5 altered]}]:
-    text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery. All in percent.
-    Also "items" used, "total", "held_out" (with an image of this split). The file's name precedes every key. options:
-    device, dtype, score_batch.  Raises InputError for any other file.
+    SugarCrepe {id: {filename, caption, negative_caption}} and FOIL as VALSE has it {id: {image_file, caption, foil}}: "pairwise", the
+    share of true captions that score above their false ones. FOIL also: word_metrics on the false ones that have as many word pieces
+    as the true, "same_length" of them. RoCOCO [{image, caption: [true .., 5 altered]}]: text recall "tr_r1" .., and "altered_tr_r1" ..
+    with the altered captions in the gallery. All in percent. Also "items" used, "total", "held_out" (with an image of this split).
+    The file's name precedes every key. options: device, dtype, score_batch.  Raises InputError for any other file.
     """
     try:
         items = json.loads(Path(path).read_bytes())
@@ -200,133 +224,79 @@ def run_probe(path, model, data, split, **options):
             for item in items for field, kind in fields.items()))
     except (OSError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(f"{path}: no file of SugarCrepe, VALSE's FOIL or RoCOCO ({str(error) or 'unlike'})") from None
-    (where, *fields), pad = PROBES[probe], data.tokenizer.pad_id
+    where, *fields = PROBES[probe]
     found = [(item, row) for item in items if (row := data.regions.row(item[where])) is not None]
-    names, rows, here = [item[where] for item, _ in found], [row for _, row in found], data.splits[split].rows
-    result = {"items": len(found), "total": len(items), "held_out": int(np.isin(rows, here).sum())}
+    names, rows = [item[where] for item, _ in found], [row for _, row in found]
+    result = {"items": len(found), "total": len(items), "held_out": int(np.isin(rows, data.splits[split].rows).sum())}
     if probe == "rococo" and found:
-        owner = torch.tensor([i if k < len(item["caption"]) - 5 else -1
-                              for i, (item, _) in enumerate(found) for k in range(len(item["caption"]))])
+        owner = torch.tensor([i for n, (item, _) in enumerate(found) for i in [n] * (len(item["caption"]) - 5) + [-1] * 5])
         own = own_words(data, [text for item, _ in found for text in item["caption"]], names, rows)
         scores = score_matrix(model, own, "own", **options)
         for prefix, use in (("", owner >= 0), ("altered_", owner >= -1)):
-            metrics = retrieval_metrics(scores[use], owner[use])
-            result.update({f"{prefix}tr_r{k}": metrics[f"tr_r{k}"] for k in (1, 5, 10)})
+            result |= {prefix + key: share for key, share in retrieval_metrics(scores[use], owner[use]).items() if key.startswith("tr")}
     elif found:
-        own = own_words(data, [item[field] for field in fields for item, _ in found], names, rows)
-        images = torch.arange(len(found))
+        own, images = own_words(data, [item[field] for field in fields for item, _ in found], names, rows), torch.arange(len(found))
         right, wrong = own.text("own", images), own.text("own", images + len(found))
-        true, false = (score_sentences(model, own, "own", ids, images, **options) for ids in (right, wrong))
-        result["pairwise"] = 100 * (true > false).double().mean().item()
+        result["pairwise"] = pairwise_accuracy(model, own, "own", images, wrong, **options)
         if probe == "foil":
-            same, width = (right != pad).sum(1) == (wrong != pad).sum(1), min(right.size(1), wrong.size(1))
-            said = [part[same, :width] for part in judge_words(model, own, "own", wrong, images, **options)]
-            right, wrong = right[same, :width], wrong[same, :width]
-            result.update(word_metrics(*said, wrong, right, wrong != pad), same_length=int(same.sum()))
+            mask, width = wrong != data.tokenizer.pad_id, min(right.size(1), wrong.size(1))
+            same = (right != data.tokenizer.pad_id).sum(1) == mask.sum(1)
+            words = (*judge_words(model, own, "own", wrong, images, **options), wrong, right, mask)
+            result.update(word_metrics(*(part[same, :width] for part in words)), same_length=int(same.sum()))
     return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
-
-def _precision(line, right, r):
-    """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
-    query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
-    own, nth = line[right].sort(descending=True).values, torch.arange(1, len(right) + 1)
-    wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)            # ahead of each positive
-    hit = (wrong + nth <= r).double()
-    return torch.stack(((hit * nth / (wrong + nth)).sum() / r, hit.sum() / r, (wrong[0] == 0).double()))
-
-def eccv_metrics(scores, data, split, folder):
-    """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
-
-    scores: (C, I) of a COCO test split.  folder: where {eccv,cxc}_{image_to_caption,caption_to_image}.json are, with
-    coco_test_ids.npy and original_caption_to_image.json, which tell which caption is which.
-    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", "eccv_ir_...", "cxc_..."}.
-    """
-    folder, content, result = Path(folder), data.splits[split], {}
-    if not (folder / "coco_test_ids.npy").is_file():
-        return result
-    image_of, captions_of, row = json.loads((folder / "original_caption_to_image.json").read_bytes()), {}, {}
-    for caption in np.load(folder / "coco_test_ids.npy", allow_pickle=False).tolist():
-        captions_of.setdefault(str(image_of[str(caption)][0]), []).append(caption)
-    column = {image_key(name): i for i, name in enumerate(content.images)}
-    for c, i in enumerate(content.image_of_caption.tolist()):
-        if waiting := captions_of.get(image_key(content.images[i])):                    # its captions in our order
-            row[str(waiting.pop(0))] = c
-    for name in ("eccv", "cxc"):
-        for way, asked, queries, gallery, table in (("tr", "image_to_caption", column, row, scores.T),
-                                                    ("ir", "caption_to_image", row, column, scores)):
-            file, found = folder / f"{name}_{asked}.json", []
-            for query, positives in (json.loads(file.read_bytes()) if file.is_file() else {}).items():
-                right = torch.tensor([gallery[str(p)] for p in set(positives) if str(p) in gallery])
-                if query in queries and len(right):  # as in the official code, R counts all positives of the file
-                    found.append(_precision(table[queries[query]], right, len(set(positives))))
-            if found:
-                result |= zip((f"{name}_{way}_{key}" for key in ("map_at_r", "rprecision", "r1", "queries")),
-                              [*(100 * torch.stack(found).mean(0)).tolist(), len(found)])
-    return result
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-WIDTH, INK, GREY, ORANGE, BLUE, GREEN = 1120, (35, 38, 45), (125, 128, 135), (204, 80, 0), (0, 105, 190), (0, 130, 80)
+WIDTH, INK, GREY, RULE = 1120, (35, 38, 45), (125, 128, 135), (222, 224, 228)
+ORANGE, BLUE, GREEN = (204, 80, 0), (0, 105, 190), (0, 130, 80)
 LINES, SHADES = [BLUE, ORANGE, (0, 150, 95), (160, 70, 160), (210, 160, 0), GREY], [(240, 244, 250), (250, 246, 238)]
 
 def _write(pen, x, y, text, colour=INK, size=18, anchor="la"):
-    pen.text((x, y), text, colour, ImageFont.load_default(size=size), anchor=anchor)
-    return pen.textlength(text, ImageFont.load_default(size=size))
-
-def _flow(pen, left, top, words, styles={}):
-    """Sets words (list or text) in lines, returns the y below. styles: {position: (colour, underlined, note)}."""
-    x, y = left, top
-    for i, word in enumerate(words.split() if isinstance(words, str) else words):
-        colour, underlined, note = styles.get(i, (INK, False, ""))
-        if x > left and x + pen.textlength(word, ImageFont.load_default(size=18)) > WIDTH - 16:
-            x, y = left, y + (42 if styles else 26)
-        width = _write(pen, x, y, word, colour)
-        if underlined:
-            pen.line((x, y + 23, x + width, y + 23), BLUE, 2)
-        x += max(width, _write(pen, x, y + 25, note, GREEN, 13)) + 6
-    return y + (44 if styles else 28)
-
-def _stack(path, strips):  # one below the other, a thin rule between them
-    whole, y = Image.new("RGB", (WIDTH, sum(strip.height + 1 for strip in strips)), (222, 224, 228)), 0
-    for strip in strips:
-        whole.paste(strip, (0, y))
-        y += strip.height + 1
-    whole.save(path)
+    pen.text((x, y), text, colour, anchor=anchor, font_size=size)
+    return pen.textlength(text, font_size=size)
 
 def _draw_rows(path, rows):
-    """rows: [(PIL picture or None, [(label, score or None, words or text, styles)])]."""
-    strips = []
+    """rows: [(PIL picture or None, lines)], one below the other, a thin rule between them. A line: label, score or None, words (list or
+    text), and either no more or a list each with an entry a word: is it orange, is it underlined, what is it corrected to (or None)."""
+    sheet, top = Image.new("RGB", (WIDTH, 900 * len(rows)), "white"), 0
+    pen = ImageDraw.Draw(sheet)
     for picture, lines in rows:
-        strip, y = Image.new("RGB", (WIDTH, 900), "white"), 12
+        y = top + 12
         if picture:
-            strip.paste(picture.convert("RGB").resize((168, 168)), (16, 12))
-        for label, score, words, styles in lines:
-            _write(ImageDraw.Draw(strip), 204, y + 3, label, GREY, 15)
-            _write(ImageDraw.Draw(strip), 284, y, "" if score is None else f"{score:.2f}")
-            y = _flow(ImageDraw.Draw(strip), 334, y, words, styles)
-        strips.append(strip.crop((0, 0, WIDTH, max(y, 184 if picture else 0) + 8)))
-    _stack(path, strips)
+            sheet.paste(picture.convert("RGB").resize((168, 168)), (16, y))
+        for label, score, words, *marks in lines:
+            _write(pen, 204, y + 3, label, GREY, 15)
+            _write(pen, 284, y, "" if score is None else f"{score:.2f}")
+            x, words = 334, words.split() if isinstance(words, str) else words
+            for word, orange, underlined, corrected in zip(words, *(marks or [itertools.repeat(None)] * 3)):
+                if x > 334 and x + pen.textlength(word, font_size=18) > WIDTH - 16:
+                    x, y = 334, y + (42 if marks else 26)
+                width = _write(pen, x, y, word, ORANGE if orange else INK)
+                if underlined:
+                    pen.line((x, y + 23, x + width, y + 23), BLUE, 2)
+                x += max(width, _write(pen, x, y + 25, f"-> {corrected}" if corrected else "", GREEN, 13)) + 6
+            y += 44 if marks else 28
+        top = max(y, top + 184 if picture else 0) + 9
+        pen.line((0, top - 1, WIDTH, top - 1), RULE)
+    sheet.crop((0, 0, WIDTH, top)).save(path)
 
 def draw_negatives(path, rows):
     """For some images: the caption, the hardest retrieved negative, and generated ones with what the heads say of them.
 
-    rows: list of {"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or
-    text, score), "generated": [(words, score, replaced, flagged, corrected)]}, the last three with an entry a word: was
-    it replaced (bool), does WoD flag it (bool), what does WoC put back (str, or None for nothing to show).
+    rows: list of {"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score),
+    "generated": [(words, score, replaced, flagged, corrected)]}, the last three with an entry a word: was it replaced (bool), does WoD
+    flag it (bool), what does WoC put back (str, or None for nothing to show).
     """
-    strips = [(None, [("legend", None, ["replaced word ", "flagged by word discrimination", " word"], {
-        0: (ORANGE, False, ""), 1: (INK, True, ""), 2: (INK, False, " -> what word correction puts back")})])]
-    for row in rows:
-        lines = [("caption", row["score"], row["caption"], {}), ("retrieved", *row["retrieved"][::-1], {})]
-        for words, score, *marks in row["generated"]:
-            lines.append(("generated", score, words, {i: (ORANGE if replaced else INK, flagged, f"-> {word}" if word else "")
-                for i, (replaced, flagged, word) in enumerate(zip(*marks))}))
-        strips.append((row["picture"], lines))
-    _draw_rows(path, strips)
+    legend = ("legend", None, ["replaced word ", "flagged by word discrimination", " word"], [True, False, False], [False, True, False],
+              [None, None, "what word correction puts back"])
+    _draw_rows(path, [(None, [legend]), *((row["picture"], [
+        ("caption", row["score"], row["caption"]), ("retrieved", *row["retrieved"][::-1]),
+        *(("generated", score, words, *marks) for words, score, *marks in row["generated"])]) for row in rows)])
 
 def draw_search(path, query, picture, results):
     """The query, its PIL picture (or None), and what was found: [(PIL picture or None, text, score)], best first."""
-    _draw_rows(path, [(picture, [("query", None, query, {})]), *(
-        (image, [(f"{place}.", score, text, {})]) for place, (image, text, score) in enumerate(results, 1))])
+    _draw_rows(path, [(picture, [("query", None, query)]), *(
+        (image, [(f"{place}.", score, text)]) for place, (image, text, score) in enumerate(results, 1))])
 
 def picture_of(data, split, image):
     """What stands for an image in our pictures: the drawn scene, or the boxes of its regions where it is a photograph."""
@@ -345,33 +315,31 @@ PANELS = {"losses (log)": ("itm", "hard", "mlm", "tags", "wod", "woc"),
 
 def draw_curves(path, rows):
     """The PANELS over the steps of a log, the phases shaded. rows: dicts, as csv.DictReader reads them from log.csv."""
-    steps, strips, (left, right, top, bottom) = [float(row["step"]) for row in rows], [], (70, WIDTH - 170, 34, 236)
-    phase_ends, width = {row["phase"]: step for step, row in zip(steps, rows)}, (right - left) / max(steps + [1])
+    sheet, top, (left, right) = Image.new("RGB", (WIDTH, 271 * len(PANELS)), "white"), 0, (70, WIDTH - 170)
+    pen, steps = ImageDraw.Draw(sheet), [float(row["step"]) for row in rows]
+    last, phase_ends = max(steps + [1]), {row["phase"]: step for step, row in zip(steps, rows)}
+    def place(step, value):  # x, y in the panel in hand, whose values go from low to high
+        return np.interp(step, (0, last), (left, right)), np.interp(value, (low, high), (top + 236, top + 34))
     for title, columns in PANELS.items():
-        strip, log, curves = Image.new("RGB", (WIDTH, 270), "white"), title.endswith("(log)"), {}
-        pen = ImageDraw.Draw(strip)
-        for column in columns:
-            points = [(s, float(row[column])) for s, row in zip(steps, rows) if row.get(column) not in (None, "")]
-            points = [(s, math.log10(max(v, 1e-4)) if log else v) for s, v in points if math.isfinite(v)]
-            curves.update({column: points} if points else {})
-        values = [v for points in curves.values() for _, v in points]
-        if not values:
+        log = title.endswith("(log)")
+        curves = {column: [(step, math.log10(max(value, 1e-4)) if log else value) for step, row in zip(steps, rows)
+                           if row.get(column) not in (None, "") and math.isfinite(value := float(row[column]))] for column in columns}
+        if not (values := [value for points in curves.values() for _, value in points]):
             continue
         unit = 1 if log else 10 ** math.floor(math.log10(max(*values, 1e-3)))
         low, high = math.floor(min(values)) if log else 0, math.ceil(max(values) / unit + 1e-9) * unit
-        for k, (begin, (phase, end)) in enumerate(zip([0, *phase_ends.values()], phase_ends.items())):
-            pen.rectangle((left + width * begin, top, left + width * end, bottom), SHADES[k % 2])
-            _write(pen, left + width * begin + 4, top + 2, phase, GREY, 13)
+        for shade, begin, (phase, end) in zip(itertools.cycle(SHADES), [0, *phase_ends.values()], phase_ends.items()):
+            pen.rectangle((*place(begin, high), *place(end, low)), shade)
+            _write(pen, place(begin, high)[0] + 4, top + 36, phase, GREY, 13)
         for tick in range(low, high + 1) if log else np.linspace(low, high, 5):
-            y = bottom - (bottom - top) * (tick - low) / (high - low)
-            pen.line((left, y, right, y), (218, 220, 224))
-            _write(pen, left - 8, y, f"{10.0 ** tick if log else tick:.4g}", GREY, 13, "rm")
-        for tick in np.linspace(0, max(steps + [1]), 5):
-            _write(pen, left + width * tick, bottom + 6, f"{tick:.0f}", GREY, 13, "ma")
-        _write(pen, left, 8, title, size=16)
-        for k, (column, points) in enumerate(curves.items()):
-            line = [(left + width * s, bottom - (bottom - top) * (v - low) / (high - low)) for s, v in points]
-            pen.line(line, LINES[k % len(LINES)], 2, joint="curve")
-            _write(pen, right + 14, top + 18 * k, column, LINES[k % len(LINES)], 15)
-        strips.append(strip)
-    _stack(path, strips)
+            pen.line((*place(0, tick), *place(last, tick)), (218, 220, 224))
+            _write(pen, left - 8, place(0, tick)[1], f"{10.0 ** tick if log else tick:.4g}", GREY, 13, "rm")
+        for tick in np.linspace(0, last, 5):
+            _write(pen, place(tick, low)[0], top + 242, f"{tick:.0f}", GREY, 13, "ma")
+        _write(pen, left, top + 8, title, size=16)
+        for k, column in enumerate(column for column in columns if curves[column]):
+            pen.line([place(*point) for point in curves[column]], LINES[k], 2, joint="curve")
+            _write(pen, right + 14, top + 34 + 18 * k, column, LINES[k], 15)
+        top += 271
+        pen.line((0, top - 1, WIDTH, top - 1), RULE)
+    sheet.crop((0, 0, WIDTH, top)).save(path)

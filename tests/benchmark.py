@@ -1,30 +1,22 @@
-"""How fast are scoring and the TAGS-DC step, against the same network written in the obvious way? Run by hand:
-
+"""Scoring and the TAGS-DC step against the same network written in the obvious way, and against the machine. Run by hand:
     python tests/benchmark.py --size base --device cpu --json benchmark.json
 
-All that is compared runs in one process, in turn, round by round; figures are medians, a ratio is the median of the rounds'
-ratios. Weights, captions and regions are random; caption lengths and region numbers are those of the data a size is for.
-
-  score    ours: evaluate.score_matrix. plain: `Plain` below, float32, batches of different captions padded to the longest;
-           official: the same with one caption to a batch, as the official inference has it, so that only regions are padded.
+All that is compared runs in one process, in turn, round by round; figures are medians, ratios medians of the rounds' ratios.
+Weights, captions and regions are random; caption lengths and region numbers are those of the data a size is for.
+  score    ours: evaluate.score_matrix. plain: `Plain`, float32, batches of different captions padded to the longest.
+           official: the same with one caption to a batch, as in the official inference, so that only regions are padded.
   step     ours: tagsdc.training_step and backward, M = K = 20, H = 31, pools of 399. plain: `plain_step` and backward, the
            same draws; it scores candidates that the filter drops and applies the vocabulary matrix everywhere.
   savings  each saving of scoring alone: seconds without it over seconds with it.
   growth   seconds and peak memory of scoring while the number of captions grows.
-
 Useful FLOPs of a pair of T text positions and R regions, S = T + R, in L layers of width D and intermediate size E:
     L (8 S D^2 + 4 S^2 D + 4 S D E)  +  2 R D (F + 7)  +  2 D^2 + 2 D      q k v out, attention, MLP; regions; pooler, score
-the plain network's at the pair's own length, without padding; of a step those of all pairs scored (2 P + M + M K an anchor)
-and three times those of the pairs learnt from (1 + 3 H + M), word heads left out. peak_share: ours' useful FLOPs a second over
-those of a large matrix product in the same dtype; so work that ours saves counts as done.
-agree: of scores the rank correlation with plain's, of steps 1 - relative difference of the losses; `difference`: the absolute.
+without padding, whatever is saved of them; of an anchor's step those of all pairs scored, 2 P + M + M K, and three times those
+learnt from, 1 + 3 H + M, word heads left out. peak_share: ours' useful FLOPs a second over those of a large matrix product in the
+same dtype. agree: rank correlation with plain's scores, or 1 - relative difference of the losses. difference: the absolute one.
 """
-import argparse
-import contextlib
-import functools
-import json
-import sys
-import time
+import argparse, contextlib, json, sys, time  # noqa: E401
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -32,6 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate, generate, losses, tagsdc  # noqa: E401,E402
@@ -42,13 +35,10 @@ SIZES = {"tiny": dict(vocab=72, features=256, lengths=range(8, 19), regions=rang
          "base": dict(vocab=28996, features=2048, lengths=[n for n, share in COCO.items() for _ in range(share)], regions=[36])}
 WEIGHTS, DTYPES = {"hard": 1.0, "tags": 1.0, "mlm": 0.2, "wod": 0.2, "woc": 0.2}, (torch.float32, torch.bfloat16)
 
-
 class Made:
     """What the code asks of a data.Data, made of random words and regions; phrases are pairs of neighbouring words."""
-
     def __init__(self, size, captions, images):
         made, rng = SIZES[size], torch.Generator().manual_seed(0)
-
         def spread(values, count):  # as evenly over the values as count allows, in random order
             return torch.tensor(values)[(torch.randperm(count, generator=rng) * 2 + 1) * len(values) // (2 * count)]
         self.lengths, counts = spread(made["lengths"], captions), spread(made["regions"], images)
@@ -59,42 +49,30 @@ class Made:
         self.mask = torch.arange(max(made["regions"])) < counts[:, None]
         self.features = torch.rand(*self.mask.shape, made["features"], generator=rng)
         self.boxes, self.regions = torch.rand(*self.mask.shape, 7, generator=rng), SimpleNamespace(counts=counts.numpy())
-        self.splits = {"made": SimpleNamespace(images=range(images), captions=range(captions), rows=torch.arange(images).numpy(),
-                                               image_of_caption=torch.arange(captions) * images // captions)}
-        self.splits["train"] = self.splits["made"]
-
+        self.splits = {"train": SimpleNamespace(images=range(images), captions=range(captions), rows=torch.arange(images).numpy(),
+                                                image_of_caption=torch.arange(captions) * images // captions)}
     def text(self, split, captions):
         return self.ids[captions, :self.lengths[captions].max()]
-
     def phrases(self, split, captions):
         word = torch.arange(self.lengths[captions].max())
         pair = (word - 1) // 2 == torch.arange((len(word) + 1) // 2)[:, None]
         return pair & (word > 0) & (word < self.lengths[captions, None, None] - 1)
-
     def image(self, split, images):
         most = self.mask[images].sum(1).max()
         return tuple(x[images, :most] for x in (self.features, self.boxes, self.mask))
-
     def own_captions(self, split, images):
         every = len(self.ids) // len(self.features)
         return self.ids[images[:, None] * every + torch.arange(every)]
 
-
-# ---- the obvious way -------------------------------------------------------------------------------------------------
-
 class Plain:
     """The network of `model` from its official weights, float32: padded batches, everything worked out for every pair."""
-
     def __init__(self, model, device):
         self.w = {name: value.to(device).requires_grad_() for name, value in model.export_uniter().items()}
         self.layers, self.heads = model.config.layers, model.config.heads
-
     def linear(self, name, x):
         return F.linear(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"])
-
     def norm(self, name, x):
         return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], 1e-12)
-
     def encode(self, ids, features, boxes, region_mask):  # (N, T), (N, R, F), (N, R, 7), (N, R) -> (N, T + R, D)
         text, image = "uniter.embeddings", "uniter.img_embeddings"
         kind, position = self.w[f"{text}.token_type_embeddings.weight"], self.w[f"{text}.position_embeddings.weight"]
@@ -110,35 +88,30 @@ class Plain:
             context = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5 + mask).softmax(-1) @ v
             context = self.linear(f"{layer}.attention.output.dense", context.transpose(1, 2).flatten(2))
             x = self.norm(f"{layer}.attention.output.LayerNorm", x + context)
-            wide = F.gelu(self.linear(f"{layer}.intermediate.dense", x))
-            x = self.norm(f"{layer}.output.LayerNorm", x + self.linear(f"{layer}.output.dense", wide))
+            wide = self.linear(f"{layer}.output.dense", F.gelu(self.linear(f"{layer}.intermediate.dense", x)))
+            x = self.norm(f"{layer}.output.LayerNorm", x + wide)
         return x
-
     def match(self, hidden):
         return self.linear("rank_output", self.linear("uniter.pooler.dense", hidden[:, 0]).tanh())[:, 0]
-
     def words(self, head, hidden):  # head: cls (MLM) or correction_output
         hidden = F.gelu(self.linear(f"{head}.predictions.transform.dense", hidden))
         hidden = self.norm(f"{head}.predictions.transform.LayerNorm", hidden)
         return F.linear(hidden, self.w["uniter.embeddings.word_embeddings.weight"], self.w[f"{head}.predictions.bias"])
-
     def score(self, ids, text_index, images, image_index, batch):  # images: features, boxes, region_mask
         return torch.cat([self.match(self.encode(ids[t], *(x[i] for x in images)))
                           for t, i in zip(text_index.split(batch), image_index.split(batch))])
-
     @torch.no_grad()
     def score_matrix(self, data, device, batch, together):
         """(C, I) on the CPU; `together` captions share the batches, padded to the longest of them."""
-        scores, images = [], [x.to(device) for x in data.image("made", torch.arange(len(data.features)))]
+        scores, images = [], [x.to(device) for x in data.image("train", torch.arange(len(data.features)))]
         for captions in torch.arange(len(data.ids)).split(together):
-            ids, pairs = data.text("made", captions).to(device), torch.arange(len(captions) * len(data.features), device=device)
+            ids, pairs = data.text("train", captions).to(device), torch.arange(len(captions) * len(data.features), device=device)
             scores.append(self.score(ids, pairs % len(ids), images, pairs // len(ids), batch).view(-1, len(ids)).T)
         return torch.cat(scores).cpu()
 
-
 def plain_step(plain, data, args, rng, device_rng, device):
     """The loss of tagsdc.training_step with the same draws."""
-    batch = tagsdc.make_batch(data, "made", tagsdc.draw_pairs(data.splits["made"], args.pool, rng), args.batch_size, device, rng,
+    batch = tagsdc.make_batch(data, "train", tagsdc.draw_pairs(data.splits["train"], args.pool, rng), args.batch_size, device, rng,
                               args.maskings, args.mask_probability)
     ids, own, anchors, labels = (batch[name] for name in ("input_ids", "own", "anchor_ids", "labels"))
     images, p, h, size = [batch[name] for name in ("features", "boxes", "region_mask")], args.pool, args.hard, args.score_batch
@@ -169,12 +142,9 @@ def plain_step(plain, data, args, rng, device_rng, device):
     terms["mlm"] = losses.masked_lm_loss(plain.words("cls", hidden[:, :t]), labels.flatten(0, 1).to(device))
     return sum({**WEIGHTS, "images": 1, "texts": 1}[name] * term for name, term in terms.items())
 
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
 def alternate(runners, rounds, device):
-    """Runs all of {name: function} in turn, `rounds` times after a warm-up -> {name: [seconds]}, {name: MB}, the most that was
-    allocated on the GPU, or resident in the process, meanwhile."""
+    """Runs all of {name: function} in turn, `rounds` times after a warm-up -> {name: [seconds]}, {name: MB}, the most that
+    was allocated on the GPU, or resident in the process, meanwhile."""
     seconds, memory, cuda = {name: [] for name in runners}, {}, device.startswith("cuda")
     for turn in range(rounds + 1):
         for name, run in runners.items():
@@ -187,152 +157,123 @@ def alternate(runners, rounds, device):
                                  int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10)
     return seconds, memory
 
-
-def compare(args, runners, items, flops, found):
-    """Rows of both dtypes. runners: {dtype: ours, "plain":, ..}; items: pairs or anchors a run; flops: useful, of an item."""
+def compare(args, model, data, runners, items, pairs, agree):
+    """Rows of both dtypes. runners: {dtype: ours, "plain": .. }; one run takes `items` items worth `pairs` pairs of FLOPs each."""
     n = 8192 if args.device.startswith("cuda") else 2048
-    factors = {f"peak {dtype}": torch.randn(2, n, n).to(args.device, dtype) for dtype in DTYPES}
-    seconds, memory = alternate({**runners, **{name: functools.partial(torch.mm, *ab) for name, ab in factors.items()}},
-                                args.rounds, args.device)
-    rate, rows = {name: items / median(times) for name, times in seconds.items()}, []
+    products = {f"peak {dtype}": partial(torch.mm, *torch.randn(2, n, n).to(args.device, dtype)) for dtype in DTYPES}
+    seconds, memory = alternate({**runners, **products}, args.rounds, args.device)
+    c, r, d = model.config, data.mask.sum(1).double(), model.config.hidden
+    s = data.lengths[:, None] + r
+    flops = c.layers * s * d * (8 * d + 4 * s + 4 * c.intermediate) + 2 * r * d * (c.feature_size + 7) + 2 * d ** 2 + 2 * d
+    rate, work, rows = {name: items / median(times) for name, times in seconds.items()}, flops.mean().item() * pairs, []
     for dtype in DTYPES:
         peak = rate[f"peak {dtype}"] / items * 2 * n ** 3
         ratio = {name: median(a / b for a, b in zip(seconds[name], seconds[dtype])) for name in runners}
         rows.append({"dtype": dtype, "ours_per_s": rate[dtype], "plain_per_s": rate["plain"], "ratio": ratio["plain"],
-                     "peak_share": rate[dtype] * flops / peak, **found(dtype), "gflops_per_item": flops / 1e9, "peak_gflops": peak / 1e9,
-                     "memory_mb": memory[dtype], "plain_memory_mb": memory["plain"], "items": items, "rounds": args.rounds})
-        if "official" in rate:
-            rows[-1].update(official_per_s=rate["official"], official_ratio=ratio["official"])
+                     "peak_share": rate[dtype] * work / peak, **agree(dtype), "gflops": work / 1e9, "peak_gflops": peak / 1e9,
+                     "memory_mb": memory[dtype], "plain_memory_mb": memory["plain"], "items": items, "rounds": args.rounds,
+                     **({"official_per_s": rate["official"], "official_ratio": ratio["official"]} if "official" in rate else {})})
     return rows
 
-
-def pair_flops(config, data):
-    """The docstring's formula, the mean of all pairs."""
-    r, d = data.mask.sum(1).double(), config.hidden
-    s = data.lengths[:, None] + r
-    layer = 8 * s * d ** 2 + 4 * s ** 2 * d + 4 * s * d * config.intermediate
-    return (config.layers * layer + 2 * r * d * (config.feature_size + 7) + 2 * d ** 2 + 2 * d).mean().item()
-
-
-def ours(model, args, data, dtype):
-    return evaluate.score_matrix(model, data, "made", args.device, dtype, args.batch)
-
-
-def score(model, args, data):
-    plain = Plain(model, args.device)
-    runners = {**{dtype: functools.partial(ours, model, args, data, dtype) for dtype in DTYPES},
-               "plain": lambda: plain.score_matrix(data, args.device, args.batch, args.batch),
-               "official": lambda: plain.score_matrix(data, args.device, args.batch, 1)}
-    right, rank = runners["plain"](), lambda scores: scores.flatten().argsort().argsort().double()
-    off = {dtype: (runners[dtype]() - right).abs().max().item() for dtype in DTYPES}
+def score(args, model, data):
+    plain, rank = Plain(model, args.device), lambda scores: scores.flatten().argsort().argsort().double()
+    runners = {dtype: partial(evaluate.score_matrix, model, data, "train", args.device, dtype, args.batch) for dtype in DTYPES}
+    runners.update(plain=partial(plain.score_matrix, data, args.device, args.batch, args.batch),
+                   official=partial(plain.score_matrix, data, args.device, args.batch, 1))
+    right, found = runners["plain"](), {dtype: runners[dtype]() for dtype in DTYPES}
+    off = {dtype: (found[dtype] - right).abs().max().item() for dtype in DTYPES}
     assert off[torch.float32] < 1e-4, f"scores differ by {off[torch.float32]}"
-    agree = {dtype: torch.corrcoef(torch.stack((rank(runners[dtype]()), rank(right))))[0, 1].item() for dtype in DTYPES}
-    return compare(args, runners, right.numel(), pair_flops(model.config, data),
-                   lambda dtype: {"agree": agree[dtype], "difference": off[dtype]})
+    return compare(args, model, data, runners, right.numel(), 1, lambda dtype: {
+        "agree": torch.corrcoef(torch.stack((rank(found[dtype]), rank(right))))[0, 1].item(), "difference": off[dtype]})
 
-
-def step(model, args, data):
-    plain, device = Plain(model, args.device), args.device
-    options = tagsdc.parse_arguments(f"--batch-size {args.anchors} --score-batch {args.batch} --pool 399 --hard 31 --maskings 20 --refills 20".split())
+def step(args, model, data):
+    plain, data, device = Plain(model, args.device), Made(args.size, 800, 400), args.device
+    sizes = f"--batch-size {args.anchors} --score-batch {args.batch} --pool 399 --hard 31 --maskings 20 --refills 20"
+    options = tagsdc.parse_arguments(sizes.split())
     objective = tagsdc.Objective(model.train(), data.tokenizer, options)
-
-    def run(dtype):
-        options.dtype, rng, device_rng = dtype, torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-        loss = (plain_step(plain, data, options, rng, device_rng, device) if dtype == "plain" else
-                tagsdc.training_step(objective, data, options, WEIGHTS, rng, device_rng, device)[0])
+    def run(kind):
+        options.dtype, draws = kind, (torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0), device)
+        loss = (plain_step(plain, data, options, *draws) if kind == "plain" else
+                tagsdc.training_step(objective, data, options, WEIGHTS, *draws)[0])
         loss.backward()
         return loss.detach()
-    runners = {name: functools.partial(run, name) for name in (*DTYPES, "plain")}
-    loss = {name: run().item() for name, run in runners.items()}
+    runners = {kind: partial(run, kind) for kind in (*DTYPES, "plain")}
+    loss = {kind: run(kind).item() for kind in runners}
     assert abs(loss[torch.float32] - loss["plain"]) < 1e-4, f"losses differ: {loss}"
     if device.startswith("cuda"):
         torch.cuda.set_sync_debug_mode("error")  # raises where the host would wait for the GPU
         run(torch.bfloat16)
         torch.cuda.set_sync_debug_mode("default")
     m, n, h = options.maskings, options.maskings * options.refills, options.hard
-    return compare(args, runners, args.anchors, pair_flops(model.config, data) * (2 * options.pool + m + n + 3 * (1 + 3 * h + m)),
-                   lambda dtype: {"agree": 1 - abs(loss[dtype] / loss["plain"] - 1), "difference": abs(loss[dtype] - loss["plain"])})
+    return compare(args, model, data, runners, args.anchors, 2 * options.pool + m + n + 3 * (1 + 3 * h + m), lambda dtype: {
+        "agree": 1 - abs(loss[dtype] / loss["plain"] - 1), "difference": abs(loss[dtype] - loss["plain"])})
 
-
-class PerPair:
-    """Stands for a Prepared, but works its rows out anew for every pair."""
-
-    def __init__(self, prepare, *inputs):
-        self.prepare, self.inputs = prepare, inputs
-
+class PerPair(tuple):
+    """(prepare, *inputs): stands for a Prepared, but works its rows out anew for every pair."""
     def __getitem__(self, index):
-        return self.prepare(*(x[index] for x in self.inputs))
+        prepare, *inputs = self
+        return prepare(*(x[index] for x in inputs))
 
-
-def explicit_attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    weights = q @ k.transpose(2, 3) * q.size(-1) ** -0.5
-    return (weights if attn_mask is None else weights.masked_fill(~attn_mask, float("-inf"))).softmax(-1) @ v
-
-
-def savings(model, args, data):
-    text, image = model.prepare_text, model.prepare_regions
+def savings(args, model, data):
+    text, image, replace, rows = model.prepare_text, model.prepare_regions, mock.patch.object, []
     data.features *= data.mask[..., None]  # so that padding can be told by its zeros
-    without = {  # name: [(owner, attribute, what takes its place)]
+    def blocks(sizes, most):  # in place of evaluate.equal_groups
+        return ((None, block) for block in torch.arange(len(sizes)).split(most))
+    without = {  # name: [functions that make a context without the saving]
         "all": [],
-        "embeddings and first q, k, v once, not per pair": [(model, "prepare_text", functools.partial(PerPair, text)),
-                                                            (model, "prepare_regions", functools.partial(PerPair, image))],
-        "last layer for [CLS] alone": [(Layer, "first_row", Layer.forward)],
+        "embeddings and first q, k, v once, not per pair": [partial(replace, model, "prepare_text", lambda *x: PerPair((text, *x))),
+                                                            partial(replace, model, "prepare_regions", lambda *x: PerPair((image, *x)))],
+        "last layer for [CLS] alone": [partial(replace, Layer, "first_row", Layer.forward)],
         "equal lengths, not padding": [
-            (evaluate, "equal_groups", lambda sizes, most: ((None, block) for block in torch.arange(len(sizes)).split(most))),
-            (model, "prepare_text", lambda ids: text(ids, ids != 0)),
-            (model, "prepare_regions", lambda features, boxes: image(features, boxes, features[..., 0] != 0))],
-        "fused attention": [(F, "scaled_dot_product_attention", explicit_attention)],
-        "no_grad, not inference_mode": [(torch, "no_grad", torch.inference_mode)]}
-
-    def run(patches, dtype):
+            partial(replace, evaluate, "equal_groups", blocks), partial(replace, model, "prepare_text", lambda ids: text(ids, ids != 0)),
+            partial(replace, model, "prepare_regions", lambda features, boxes: image(features, boxes, features[..., 0] != 0))],
+        "fused attention": [partial(sdpa_kernel, SDPBackend.MATH)],
+        "no_grad, not inference_mode": [torch.inference_mode]}
+    def run(contexts, dtype):
         with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(mock.patch.object(*patch))
-            return ours(model, args, data, dtype)
-    rows = []
+            for context in contexts:
+                stack.enter_context(context())
+            return evaluate.score_matrix(model, data, "train", args.device, dtype, args.batch)
     for dtype in DTYPES:
-        runners = {name: functools.partial(run, patches, dtype) for name, patches in without.items()}
-        seconds, _ = alternate({**runners, "bfloat16": functools.partial(run, [], torch.float32)}, args.rounds, args.device)
-        rows += [{"dtype": dtype, "saving": name, "gain": median(a / b for a, b in zip(times, seconds["all"]))}
+        runners = {name: partial(run, contexts, dtype) for name, contexts in without.items()}
+        seconds, _ = alternate({**runners, "bfloat16": partial(run, [], torch.float32)}, args.rounds, args.device)
+        rows += [{"dtype": dtype, "gain": median(a / b for a, b in zip(times, seconds["all"])), "saving": name}
                  for name, times in seconds.items()]
     return rows
 
-
-def growth(model, args, data):
+def growth(args, model, data):
     rows = []
-    for more in (Made(args.size, len(data.ids) * times, len(data.features)) for times in (1, 2, 4, 8)):
-        seconds, memory = alternate({"": functools.partial(ours, model, args, more, torch.float32)}, 1, args.device)
-        pairs = len(more.ids) * len(more.features)
-        rows.append({"dtype": torch.float32, "pairs": pairs, "seconds": seconds[""][0], "per_s": pairs / seconds[""][0], "memory_mb": memory[""]})
+    for times in (1, 2, 4, 8):
+        more = Made(args.size, len(data.ids) * times, len(data.features))
+        run = partial(evaluate.score_matrix, model, more, "train", args.device, torch.float32, args.batch)
+        seconds, memory = alternate({"": run}, 1, args.device)
+        rows.append({"dtype": torch.float32, "pairs": len(more.ids) * len(more.features), "seconds": seconds[""][0], "memory_mb": memory[""]})
     return rows
 
-
 def main():
+    measures = {"score": score, "step": step, "savings": savings, "growth": growth}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, after a warm-up (default 5)")
-    parser.add_argument("--pairs", type=int, help="to score in a round (default: tiny 8192, base 128; 64 times that on a GPU)")
-    parser.add_argument("--anchors", type=int, help="in a step (default: tiny 2, base 1; 32 on a GPU)")
-    parser.add_argument("--batch", type=int, help="pairs in one pass without gradient (default 128; 2048 on a GPU)")
-    parser.add_argument("--what", nargs="+", choices=["score", "step", "savings", "growth"], default=["score", "step"])
+    for name, options in {
+            "size": dict(choices=SIZES, default="tiny"), "device": dict(default="cpu", help="cpu or cuda"), "json": dict(help="file to write"),
+            "what": dict(nargs="+", choices=measures, default=["score", "step"], help="default: score step"),
+            "rounds": dict(type=int, default=5, help="measurements of each, after a warm-up (default 5)"),
+            "pairs": dict(type=int, help="to score in a round (default: tiny 8192, base 128; 64 times that on a GPU)"),
+            "anchors": dict(type=int, help="in a step (default: tiny 2, base 1; 32 on a GPU)"),
+            "batch": dict(type=int, help="pairs in one pass without gradient (default 128; 2048 on a GPU)")}.items():
+        parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
-    gpu, made = args.device.startswith("cuda"), SIZES[args.size]
-    args.pairs = args.pairs or (8192 if args.size == "tiny" else 128) * (64 if gpu else 1)
-    args.anchors = args.anchors or (32 if gpu else 2 if args.size == "tiny" else 1)
-    args.batch = args.batch or (2048 if gpu else 128)
+    gpu, tiny, made = args.device.startswith("cuda"), args.size == "tiny", SIZES[args.size]
+    args.pairs, args.batch = args.pairs or (8192 if tiny else 128) * (64 if gpu else 1), args.batch or (2048 if gpu else 128)
+    args.anchors = args.anchors or (32 if gpu else 2 if tiny else 1)
     torch.manual_seed(0)
     config = Config.preset(args.size, vocab_size=made["vocab"], feature_size=made["features"], dropout=0.0)
     model, rows, captions = TagsDC(config).to(args.device), [], max(1, round((args.pairs / 2) ** 0.5))
     for what in args.what:
-        data = Made(args.size, 800, 400) if what == "step" else Made(args.size, captions, args.pairs // captions)
-        for row in {"score": score, "step": step, "savings": savings, "growth": growth}[what](model, args, data):
+        for row in measures[what](args, model, Made(args.size, captions, args.pairs // captions)):
             rows.append({"what": what, "size": args.size, **row, "dtype": str(row["dtype"]).removeprefix("torch.")})
-            print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+            print(*(f"{key} {value:.4g} " if isinstance(value, float) else f"{key} {value} " for key, value in rows[-1].items()), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
-
 
 if __name__ == "__main__":
     main()

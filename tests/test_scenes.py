@@ -287,7 +287,8 @@ def test_the_cache_is_read_back_unchanged_and_made_again_when_it_must(tmp_path, 
         assert torch.equal(made, kept)
 
     harms = [lambda: (store / "scenes.json").write_text("{"), lambda: (store / "scenes.json").unlink(),
-             lambda: (store / "regions.bin").unlink(), lambda: (store / "regions.bin").write_bytes(files["regions.bin"][:-9]), lambda: (store / "scenes.json").write_text("[]")]
+             lambda: (store / "regions.bin").unlink(), lambda: (store / "regions.bin").write_bytes(files["regions.bin"][:-9]),
+             lambda: (store / "scenes.json").write_text("[]")]
     for harm in harms:
         harm()
         assert contents(load_scenes(3, sizes, store)) == contents(first)
