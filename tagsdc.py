@@ -378,8 +378,6 @@ def test_report(model, data, split, args, device):
         wrong = evaluate.one_word_wrong(data, split, args.seed)
         options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
         metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **options)
-    if args.root:
-        metrics.update(evaluate.eccv_metrics(scores, data, split, Path(args.root)))
     some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
     made = tailored_examples(model, data, split, some, args, device)
     keep = made["valid"].flatten()
@@ -421,8 +419,6 @@ def finish(args, data, model, device, state):
     metrics, scores, made = test_report(model, data, split, args, device)
     if world()[0] > 0:
         return
-    for path in args.probe:
-        metrics.update(evaluate.run_probe(path, model, data, split, device=device, dtype=args.dtype, score_batch=args.score_batch))
     say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':40}{'warm-up' if warmup else '':>10}{'final':>10}")
     for name, value in metrics.items():
         say(f"{TABLE.get(name, name):40}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
@@ -476,14 +472,12 @@ def parse_arguments(argv):
     add("--checkpoint", metavar="FILE", help="checkpoint for --query and --image")
     add("--query", metavar="TEXT", help="find the test images that a sentence describes best")
     add("--image", metavar="NAME", help="find the test captions that describe an image best")
-    add("--probe", metavar="FILE", nargs="+", default=[], help="fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--quick", action="store_true", help="everything in miniature, to see that it works")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="scenes", help="scenes, coco, flickr30k, or a JSON file of Karpathy's form")
     add("--root", help="folder of the captions and region features")
     add("--features", help="file or folder of the region features, if not under --root")
-    add("--phrases", help="JSON with the phrases of the captions; without it they are parsed by rules")
     add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
     add("--scenes", type=int, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
     add = parser.add_argument_group("model").add_argument
@@ -533,7 +527,7 @@ def parse_arguments(argv):
         parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
     if source:  # what it was trained with
-        of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")
+        of_this_call = ("eval", "checkpoint", "query", "image", "resume", "out", "save_scores", "device", "dtype")
         kept = load_checkpoint(source, own=True)["arguments"]
         parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
     else:
@@ -551,7 +545,7 @@ def parse_arguments(argv):
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
         f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
             not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
-    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init, args.phrases, *args.probe) if path}
+    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init,) if path}
     for fault in [text for text, wrong in faults.items() if wrong]:
         parser.error(fault)
     return args
@@ -614,7 +608,7 @@ def run(args):
     if world()[0] > 0:
         dist.barrier()  # the first process converts the data, the others then find it done
     data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
-        args.data, args.root, args.features, args.phrases, args.skip_bad, given and given.get("tokens"),
+        args.data, args.root, args.features, args.skip_bad, given and given.get("tokens"),
         given["config"]["feature_size"] if given and "config" in given else None, store)
     if world()[1] > 1 and world()[0] == 0:
         dist.barrier()
