@@ -62,7 +62,6 @@ def _remember(path, key, make, again=False):
     return json.loads(text)["value"]                     # of the same types as later
 
 # ---- words and word pieces -------------------------------------------------------------------------------------------
-
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
@@ -128,7 +127,6 @@ def build_vocabulary(captions, min_count):
     return SPECIALS + sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 
 # ---- phrases of a caption --------------------------------------------------------------------------------------------
-
 # Tags: X in no phrase (articles, pronouns, conjunctions, auxiliaries, adverbs), P preposition, A frequent adjective or number, V frequent
 # verb form. Other words go by their ending, and what is left is a noun (N).
 TAGS = {word: tag for tag, text in {
@@ -203,7 +201,6 @@ def parse_phrases(words):
     return phrases
 
 # ---- the region store ------------------------------------------------------------------------------------------------
-
 MAGIC = b"TAGSDC-REGIONS-1"
 
 def _record(feature_size):
@@ -291,7 +288,6 @@ class Regions:
         return features, boxes, mask
 
 # ---- data sets and their batches -------------------------------------------------------------------------------------
-
 NAME = re.compile(r"(.*[/\\])?((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?(?P<stem>.*?)(\.(jpe?g|png|np[yz]))?", re.DOTALL)
 
 def image_key(name):
@@ -372,7 +368,6 @@ class Data:
         return texts
 
 # ---- published region features ---------------------------------------------------------------------------------------
-
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                             # bottom-up-attention
                10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}               # LXMERT
@@ -474,7 +469,6 @@ def _checked(entries, done, left_out):
                 yield name, features, boxes
 
 # ---- a data set on disk ----------------------------------------------------------------------------------------------
-
 NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
 (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
 coco_val2014_000000391895.npz), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that would do: the JSON and images/ with the pictures that
@@ -566,7 +560,6 @@ def load_data(name, root=None, features=None, skip_bad=False, tokens=None, featu
     return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
 
 # ---- the embedded world ----------------------------------------------------------------------------------------------
-
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "moon", "ring", "frame")
 HOLLOW = ("ring", "frame")                               # the shapes that can hold another object
 COLOURS = {"red": (225, 35, 40), "yellow": (250, 215, 30), "green": (30, 155, 60), "blue": (35, 75, 220), "purple": (135, 40, 185),

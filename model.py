@@ -158,7 +158,6 @@ class TagsDC(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     # ---- encoder -------------------------------------------------------------------------------------------------------
-
     def forward(self, input_ids, features, boxes, text_mask, region_mask):
         """Encodes B pairs.
 
@@ -209,7 +208,6 @@ class TagsDC(nn.Module):
         return x
 
     # ---- heads ---------------------------------------------------------------------------------------------------------
-
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off the pooled [CLS]; s(I, T) is their sigmoid."""
         with torch.autocast(hidden.device.type, enabled=False):  # one bfloat16 logit in 256 would tie with another
@@ -232,7 +230,6 @@ class TagsDC(nn.Module):
         return self.correction(hidden, self.text.word.weight)
 
     # ---- official weights ----------------------------------------------------------------------------------------------
-
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
 
@@ -255,17 +252,15 @@ class TagsDC(nn.Module):
 
         own, fitted = self.state_dict(), {}
         for name, parts in self._official_names().items():
-            absent = [part for part in parts if part not in state]
-            if absent and absent[0].startswith(("uniter.", "bert.")):
-                raise ValueError(f"not complete UNITER weights: {absent[0]} is missing")
-            if absent:
-                initialised.append(f"{absent[0]} at random")
-                continue
             for part, place in zip(parts, own[name].chunk(len(parts))):
-                if state[part].shape != place.shape:
-                    raise ValueError(f"{part} is {tuple(state[part].shape)}, the model needs {tuple(place.shape)}: "
-                                     "check the sizes and the vocabulary")
-            fitted[name] = torch.cat([state[part] for part in parts])
+                if part in state and state[part].shape != place.shape:
+                    raise ValueError(f"{part} is {tuple(state[part].shape)}, the model needs {tuple(place.shape)}: check the sizes and the vocabulary")
+                if part not in state and part.startswith("uniter."):
+                    raise ValueError(f"not complete UNITER weights: {part} is missing")
+            if parts[0] in state:
+                fitted[name] = torch.cat([state[part] for part in parts])
+            else:
+                initialised.append(f"{parts[0]} at random")
         self.load_state_dict({**own, **fitted})
         words = state["uniter.embeddings.word_embeddings.weight"]
         tied = {name for name in _TIED if name in state and torch.equal(state[name], words)}  # an untied decoder has no place here
@@ -286,31 +281,24 @@ class TagsDC(nn.Module):
         for name in self.state_dict():
             module, leaf = name.rsplit(".", 1)
             layer = re.match(r"layers\.(\d+)\.(\w+)", module)
-            if name == "mlm.bias" or name == "correction.bias":
-                names[name] = ["cls.predictions.bias" if name == "mlm.bias" else "correction_output.predictions.bias"]
-            elif layer:
-                prefix = f"uniter.encoder.layer.{layer[1]}."
-                names[name] = [f"{prefix}{part}.{leaf}" for part in _LAYER_NAMES[layer[2]]]
-            else:
-                names[name] = [f"{_NAMES[module]}.{leaf}"]
+            parts = [f"uniter.encoder.layer.{layer[1]}.{part}" for part in _LAYER_NAMES[layer[2]]] if layer else [_NAMES[module]]
+            names[name] = [f"{part}.{leaf}" for part in parts]
         return names
 
 _NAMES = {"text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings",
-    "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings",
-    "region.feature": "uniter.img_embeddings.img_linear", "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
-    "region.box": "uniter.img_embeddings.pos_linear", "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
-    "region.norm": "uniter.img_embeddings.LayerNorm", "pooler": "uniter.pooler.dense", "rank": "rank_output",
-    "discrimination": "disc_output", "mlm.transform": "cls.predictions.transform.dense",
-    "mlm.norm": "cls.predictions.transform.LayerNorm", "correction.transform": "correction_output.predictions.transform.dense",
-    "correction.norm": "correction_output.predictions.transform.LayerNorm"}
-_LAYER_NAMES = {"qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"],
-    "attention_norm": ["attention.output.LayerNorm"], "up": ["intermediate.dense"], "down": ["output.dense"], "norm": ["output.LayerNorm"]}
+          "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings",
+          "region.feature": "uniter.img_embeddings.img_linear", "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
+          "region.box": "uniter.img_embeddings.pos_linear", "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
+          "region.norm": "uniter.img_embeddings.LayerNorm", "pooler": "uniter.pooler.dense", "rank": "rank_output", "discrimination": "disc_output",
+          "mlm": "cls.predictions", "mlm.transform": "cls.predictions.transform.dense", "mlm.norm": "cls.predictions.transform.LayerNorm"}
+_NAMES |= {name.replace("mlm", "correction"): official.replace("cls.", "correction_output.") for name, official in _NAMES.items() if "mlm" in name}
+_LAYER_NAMES = {"qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"], "down": ["output.dense"],
+                "attention_norm": ["attention.output.LayerNorm"], "up": ["intermediate.dense"], "norm": ["output.LayerNorm"]}
 _TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
 
 def _official(state_dict):
     """Modern official names: no `module.` prefix, `bert.` -> `uniter.`, gamma / beta -> weight / bias."""
-    renamed = {}
-    for key, value in state_dict.items():
+    def modern(key):
         key = re.sub(r"^bert\.", "uniter.", key.removeprefix("module."))
-        renamed[re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))] = value
-    return renamed
+        return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+    return {modern(key): value for key, value in state_dict.items()}

@@ -40,7 +40,6 @@ PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("har
 SYNTHETIC = {"tags", "wod", "woc"}  # the terms that need generated negatives
 
 # ---- one training step -----------------------------------------------------------------------------------------------
-
 def draw_pairs(split, count, rng):
     """`count` different images of a split, and a caption of each: (P,) long indices of captions."""
     images = torch.randperm(len(split.images), generator=rng)[:count]
@@ -173,7 +172,6 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
     return loss, {name: value.detach() for name, value in {**terms, **seen}.items()}
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
-
 def phase_plan(args):
     """[(phase, steps, {term: weight}, peak learning rate)] of the run; the phases share --steps by their weights in --phases."""
     shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
@@ -330,7 +328,6 @@ def load_checkpoint(path, own=False):
     return state
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
-
 def scores_of(model, data, split, args, device, images=None):
     """Score matrix (C, I) of a split, or of its first `images` images and their captions, and the image of each caption, as
     retrieval_metrics takes them. Several processes share the captions."""
@@ -462,7 +459,6 @@ def search(args, data, model, device, count=6):
     say(f"drawn as {out / 'search.png'}")
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-
 def parse_arguments(argv):
     """Defaults are for the embedded scenes; the paper's values stand in the help. A recipe or a checkpoint changes defaults."""
     parser = argparse.ArgumentParser(prog="tagsdc.py", description="TAGS-DC: image-text retrieval with tailored synthetic negatives.",
