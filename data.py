@@ -96,6 +96,7 @@ class WordPiece:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIALS)
         words = (i for i, token in enumerate(self.tokens) if token not in SPECIALS and token[:7] != "[unused")
         self.first_word = next(words, len(self.tokens))
+        self.word_range = self.first_word, len(self.tokens)      # of the ids that may be masked and sampled
 
     def pieces(self, word):
         """One word of split_words -> its ids (several where it is cut; none if nothing visible is left of it)."""

@@ -33,8 +33,7 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     probability / f; if none was chosen, one random phrase is. All tokens of a chosen phrase are masked together: 80% become
     mask_id, 10% a random word, 10% stay.
     Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere.
-    A caption without ordinary words comes back unmasked.
-    """
+    A caption without ordinary words comes back unmasked."""
     (b, t), device, (first, end) = input_ids.shape, input_ids.device, vocabulary_range
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
     words = torch.eye(t, dtype=torch.bool, device=device).expand(b, t, t)
@@ -66,8 +65,7 @@ def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=
     chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states (n, T, D), and project (q, D) -> (q, V)
     turns those of the masked positions alone into logits, which spares the vocabulary matrix elsewhere.
     `labels` may lie on the CPU when all else is on a GPU: then nothing here waits for the GPU.
-    Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ...
-    """
+    Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
     (b, m, t), (first, end) = masked.shape, vocabulary_range
     candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)
     image_index = torch.arange(b, device=masked.device).repeat_interleave(m)
@@ -95,8 +93,7 @@ def drop_non_negatives(candidates, positives, pad_id=0):
 
     candidates: (B, N, T) long.  positives: (B, C, T') long, the image's own captions padded with pad_id, T' need not be T.
     Returns valid (B, N) bool. Of equal candidates the first stays. A candidate is only ever dropped for a sentence equal to it
-    word for word; hashes serve to bring equal sentences together.
-    """
+    word for word; hashes serve to bring equal sentences together."""
     own = is_true(candidates, positives, pad_id)
     factors = torch.randint(2 ** 62, (candidates.size(2),), generator=torch.Generator().manual_seed(0))
     keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)       # (B, N), wraps around
@@ -110,8 +107,7 @@ def select_hardest(scores, valid, h):
 
     scores: (B, N) float, the higher the harder; one that is not finite is not usable.  valid: (B, N) bool, True = usable.
     Returns index (B, h) long and kept (B, h) bool, hardest first; kept is False where a row ran out of usable candidates, and
-    such an index must not be used. Raises ValueError if h > N, naming both.
-    """
+    such an index must not be used. Raises ValueError if h > N, naming both."""
     if h > scores.size(1):
         raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
     usable = valid & scores.isfinite()
@@ -128,8 +124,7 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
     masks: (masked ids, labels) of `mask_phrases`, drawn here if not given, so that the MLM loss can share them.
     Other arguments as in the functions above; hard = H may not exceed M * K.
     Returns Negatives(sentences, valid, labels). Valid sentences are pairwise different within a row, hardest first, hold no
-    special token that the caption lacks, and equal none of `positives`; the others are all padding with labels of -1.
-    """
+    special token that the caption lacks, and equal none of `positives`; the others are all padding with labels of -1."""
     masked, labels = masks or mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator)
     candidates = refill_masks(fill, masked, labels, vocabulary_range, refills, temperature, generator, chunk_size, project)
     usable = drop_non_negatives(candidates, positives, pad_id)  # (B, N)

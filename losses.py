@@ -16,8 +16,7 @@ def masked_mean(values, valid):
     """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar.
 
     Among several processes the sum is divided by the mean count of all, so that the average of their gradients is the
-    gradient of the joint batch, however unevenly the valid entries lie.
-    """
+    gradient of the joint batch, however unevenly the valid entries lie."""
     total, processes = valid.sum().float(), 1
     if dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
@@ -31,8 +30,7 @@ def triplet_loss(positive, negatives, margin=0.2, valid=None):
     negatives: (B, H) float, scores in [0, 1] of the pairs that must lie `margin` below.
     valid: (B, H) bool, True = a usable negative; None = all are.
     Returns a scalar: the mean over the usable entries of the whole batch. Agrees with the official rank loss.
-    Raises ValueError when the shapes do not belong together.
-    """
+    Raises ValueError when the shapes do not belong together."""
     if positive.dim() != 1 or negatives.dim() != 2 or negatives.size(0) != positive.size(0):
         raise ValueError(f"positive must be (B,) and negatives (B, H), got {tuple(positive.shape)} and {tuple(negatives.shape)}")
     hinge = (margin + negatives.float() - positive.float()[:, None]).clamp(min=0)  # (B, H)
@@ -47,8 +45,7 @@ def masked_lm_loss(logits, labels):
     """Cross-entropy of the MLM head at the masked positions (METHOD 3.5).
 
     logits: (..., V) float; labels: (...) long, the original word or -1 where nothing was masked.
-    Returns the mean over labelled positions; (B, T, V) and already selected (Q, V) logits give the same.
-    """
+    Returns the mean over labelled positions; (B, T, V) and already selected (Q, V) logits give the same."""
     cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
     return masked_mean(cost, labels.flatten() >= 0)
 
@@ -57,8 +54,7 @@ def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
 
     logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.
     Replaced words weigh 1, original ones `original_weight`, because few words are replaced. Divides by the number of
-    positions ([CLS] and [SEP] included), not by the weight sum, as the official code does.
-    """
+    positions ([CLS] and [SEP] included), not by the weight sum, as the official code does."""
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
     return masked_mean(cost, text_mask)
@@ -67,7 +63,6 @@ def word_correction_loss(logits, labels):
     """Cross-entropy of the correction head with the original words (METHOD 4).
 
     logits: (..., V) float; labels: (...) long, the original word or -1 where there is nothing to correct.
-    Returns the mean over labelled positions, probabilities floored at 1e-10 as in the official code (no gradient below).
-    """
+    Returns the mean over labelled positions, probabilities floored at 1e-10 as in the official code (no gradient below)."""
     log_p = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (...)
     return masked_mean(-log_p.clamp(min=FLOOR), labels >= 0)

@@ -164,8 +164,7 @@ class TagsDC(nn.Module):
         input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h, w*h),
         text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
         Returns hidden (B, T + R, D): the text positions first, then the regions. Rows of padding are meaningless, and no
-        real row depends on them.
-        """
+        real row depends on them."""
         return self._encode(self._join(self.prepare_text(input_ids, text_mask), self.prepare_regions(features, boxes, region_mask)))
 
     def prepare_text(self, input_ids, text_mask=None):
@@ -185,8 +184,7 @@ class TagsDC(nn.Module):
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
 
-        batch: pairs in one pass, None = all at once; without gradient a hundred or so keep the working set in a CPU's cache.
-        """
+        batch: pairs in one pass, None = all at once; without gradient a hundred or so keep the working set in a CPU's cache."""
         return torch.cat([self.match(self._encode(self._join(texts[t], images[i]), cls_only=True))
                           for t, i in zip(text_index.split(batch or len(text_index)), image_index.split(batch or len(text_index)))])
 
@@ -237,8 +235,7 @@ class TagsDC(nn.Module):
         and fine-tuned TAGS (`rank_output`, `disc_output`, `correction_output`). Heads that are missing: `rank_output` takes the
         "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a copy of the MLM head.
         Returns {"loaded": [official names], "initialised": ["name from name"], "ignored": [official names]}.
-        Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config.
-        """
+        Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config."""
         state, initialised = _official(state_dict), []
         given = set(state)
 

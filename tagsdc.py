@@ -49,28 +49,22 @@ def draw_pairs(split, count, rng):
 def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
     """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked.
 
-    rng: a CPU torch.Generator. What is random is drawn on the CPU, so that no size need be asked of a GPU.
+    rng: a CPU torch.Generator: what is random is drawn on the CPU, so that no size need be asked of a GPU.
     Returns a dict of tensors on `device`: input_ids (P, T), anchor_ids (B, T), own (P, C, T') all true captions of each image,
-    features (P, R, F), boxes (P, R, 7), region_mask (P, R), masked (B, M, T); and labels (B, M, T), which stays on the CPU.
-    """
+    features (P, R, F), boxes (P, R, 7), region_mask (P, R), masked (B, M, T); and labels (B, M, T), which stays on the CPU."""
     images, phrases = data.splits[split].image_of_caption[captions], data.phrases(split, captions[:anchors])
     input_ids = data.text(split, captions)
     anchor_ids = input_ids[:anchors, :phrases.size(2)]
-    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, word_range(data.tokenizer), maskings, probability, rng)
+    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, data.tokenizer.word_range, maskings, probability, rng)
     batch = dict(zip(("features", "boxes", "region_mask"), data.image(split, images)), input_ids=input_ids, anchor_ids=anchor_ids,
                  own=data.own_captions(split, images), masked=masked)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels}
-
-def word_range(tokenizer):
-    """(first, end) of the ids that may be masked and sampled."""
-    return tokenizer.first_word, len(tokenizer.tokens)
 
 def retrieve_negatives(model, texts, images, batch, args):
     """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
 
     Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
-    word, one of an image's own is never its negative, nor the image the caption's.
-    """
+    word, one of an image's own is never its negative, nor the image the caption's."""
     b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
     anchor, other = torch.arange(b, device=ids.device).repeat_interleave(p), torch.arange(p, device=ids.device).repeat(b)
     image_scores = model.score_pairs(texts, anchor, images, other, args.score_batch).view(b, p)
@@ -93,7 +87,7 @@ def write_negatives(model, images, batch, tokenizer, args, rng):
     def match(ids, image_index):  # (n, T) -> (n,)
         return model.score_pairs(*pairs(ids, image_index))
     return generate.tailor_negatives(
-        fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=word_range(tokenizer), pad_id=pad,
+        fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=tokenizer.word_range, pad_id=pad,
         refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch, project=model.fill,
         masks=(batch["masked"], batch["labels"]))
 
@@ -151,8 +145,7 @@ class Objective(torch.nn.Module):
 def training_step(objective, data, args, weights, rng, device_rng, device):
     """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted sum of the losses.
 
-    Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics.
-    """
+    Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics."""
     model, mining = getattr(objective, "module", objective).model, "hard" in weights
     b, p, m, probability = ((args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
                             (args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
@@ -347,8 +340,7 @@ def tailored_examples(model, data, split, captions, args, device):
     """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
 
     Returns a dict of CPU tensors: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H),
-    flagged (N, H, T) bool by word discrimination, corrections (N, H, T) long, discrimination (N, H, T, 2) logits.
-    """
+    flagged (N, H, T) bool by word discrimination, corrections (N, H, T) long, discrimination (N, H, T, 2) logits."""
     batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
     with evaluate.inference(model, device, args.dtype):
         regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
