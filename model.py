@@ -5,7 +5,8 @@ are prepared once and then met in N pairs. Every mask: True = real, False = padd
 A sequence holds the T text positions first ([CLS] w1 .. wn [SEP], padded), then the R regions (padded).
 """
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -60,8 +61,7 @@ class Prepared:
         """The rows at `index` (N,) long."""
         return Prepared(*(t if t is None else t.index_select(0, index) for t in (self.states, self.qkv, self.mask)))
 
-def _norm(size):
-    return nn.LayerNorm(size, eps=1e-12)
+_norm = partial(nn.LayerNorm, eps=1e-12)
 
 class TextEmbedding(nn.Module):
     def __init__(self, c):
@@ -157,7 +157,6 @@ class TagsDC(nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
-    # ---- encoder -------------------------------------------------------------------------------------------------------
     def forward(self, input_ids, features, boxes, text_mask, region_mask):
         """Encodes B pairs.
 
@@ -205,7 +204,6 @@ class TagsDC(nn.Module):
             qkv = None
         return x
 
-    # ---- heads ---------------------------------------------------------------------------------------------------------
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off the pooled [CLS]; s(I, T) is their sigmoid."""
         with torch.autocast(hidden.device.type, enabled=False):  # one bfloat16 logit in 256 would tie with another
@@ -227,7 +225,6 @@ class TagsDC(nn.Module):
         """Word-correction logits of text positions: (..., D) -> (..., V)."""
         return self.correction(hidden, self.text.word.weight)
 
-    # ---- official weights ----------------------------------------------------------------------------------------------
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
 

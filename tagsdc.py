@@ -4,6 +4,7 @@ Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors fi
 K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -171,14 +172,13 @@ def phase_plan(args):
     if args.init:
         shares.pop("warmup", None)
     given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
-    plan, total, passed = [], sum(shares.values()), 0.0
-    for name in [phase for phase in PHASES if shares.get(phase)]:
-        before, passed = round(args.steps * passed / total), passed + shares[name]
+    names = [phase for phase in PHASES if shares.get(phase)]
+    ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares[name] for name in names)]
+    plan = []
+    for name, begin, end in zip(names, [0, *ends], ends):
         weights = {term: given[term] for term in PHASES[name] if given[term]}
-        if round(args.steps * passed / total) > before:
-            plan.append((name, round(args.steps * passed / total) - before, {**weights, "mlm": 1.0} if name == "warmup" else weights,
-                         args.warmup_lr if name == "warmup" else args.lr))
-    return plan
+        plan.append((name, end - begin, weights | {"mlm": 1.0}, args.warmup_lr) if name == "warmup" else (name, end - begin, weights, args.lr))
+    return [phase for phase in plan if phase[1]]
 
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
@@ -312,8 +312,6 @@ def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise datasets.InputError(f"{path}: no such checkpoint") from None
     except Exception as fault:  # torch.load raises half a dozen kinds for a file that is none of its own
         raise datasets.InputError(f"{path}: not a readable checkpoint ({str(fault).splitlines()[0]})") from None
     if not isinstance(state, dict) or (own and "arguments" not in state):
@@ -365,18 +363,15 @@ def test_report(model, data, split, args, device):
         metrics.update({f"1k_{name}": value for name, value in evaluate.fold_metrics(scores, owner).items()})
     if content.scenes:
         wrong = evaluate.one_word_wrong(data, split, args.seed)
-        options = dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
-        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **options)
+        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, device=device, dtype=args.dtype, score_batch=args.score_batch)
     some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
     made = tailored_examples(model, data, split, some, args, device)
-    keep = made["valid"].flatten()
-    flat = {name: made[name].flatten(0, 1)[keep] for name in ("sentences", "discrimination", "corrections")}
-    originals = made["originals"].repeat_interleave(args.hard, 0)[keep]
-    metrics.update(evaluate.word_metrics(flat["discrimination"], flat["corrections"], flat["sentences"], originals,
-                                         flat["sentences"] != data.tokenizer.pad_id))
-    metrics["synthetic_score"] = made["scores"].flatten()[keep].mean().item()
+    sentences, originals = made["sentences"].flatten(0, 1), made["originals"].repeat_interleave(args.hard, 0)  # what is not valid is all padding
+    metrics |= evaluate.word_metrics(made["discrimination"].flatten(0, 1), made["corrections"].flatten(0, 1), sentences, originals,
+                                     sentences != data.tokenizer.pad_id)
+    metrics["synthetic_score"] = made["scores"][made["valid"]].mean().item()
     if content.scenes:
-        metrics.update(evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), made["sentences"].flatten(0, 1), keep))
+        metrics |= evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), sentences, made["valid"].flatten())
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
 def picture_negatives(path, data, split, scores, made, count=6):
@@ -395,11 +390,10 @@ def picture_negatives(path, data, split, scores, made, count=6):
                          retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
     evaluate.draw_negatives(path, rows)
 
-TABLE = {"tr_r1": "text retrieval R@1", "tr_r5": "text retrieval R@5", "tr_r10": "text retrieval R@10", "ir_r1": "image retrieval R@1",
-         "ir_r5": "image retrieval R@5", "ir_r10": "image retrieval R@10", "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %",
-         "false_negatives": "generated sentences that are true, %", "parse": "generated sentences that parse, %",
-         "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
-         "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives"}
+TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "text"), ("ir", "image")) for k in (1, 5, 10)} | {
+    "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %", "false_negatives": "generated sentences that are true, %",
+    "parse": "generated sentences that parse, %", "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
+    "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives"}
 
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
@@ -412,8 +406,8 @@ def finish(args, data, model, device, state):
     for name, value in metrics.items():
         say(f"{TABLE.get(name, name):40}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
     if content.scenes:
-        ceiling = datasets.identification_ceiling(content.scenes, content.captions, content.image_of_caption)
-        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling
+        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling = datasets.identification_ceiling(
+            content.scenes, content.captions, content.image_of_caption)
         say(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
     if args.save_scores:
         write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
@@ -445,8 +439,7 @@ def search(args, data, model, device, count=6):
     best = scores.topk(min(count, len(scores))).indices.tolist()
     results = [(evaluate.picture_of(data, split, i), content.images[i], scores[i].item()) if args.query else
                (None, content.captions[i] + "  (its own)" * bool(content.image_of_caption[i] == own), scores[i].item()) for i in best]
-    for _, text, score in results:
-        say(f"{score:.4f}  {text}")
+    say("\n".join(f"{score:.4f}  {text}" for _, text, score in results))
     evaluate.draw_search(out / "search.png", args.query or args.image, picture, results)
     say(f"drawn as {out / 'search.png'}")
 
@@ -527,6 +520,7 @@ def parse_arguments(argv):
             parser.error(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} 0")
     faults = {f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
         f"--scenes {args.scenes}: each split needs an image": min(args.scenes) < 1,
+        "--warmup-batch-size 1: matching needs a second pair to be wrong": args.warmup_batch_size < 2,
         "--query and --image need a trained model: add --checkpoint runs/scenes/best.pt": (args.query or args.image) and not args.checkpoint,
         f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
             args.hard > args.maskings * args.refills,
