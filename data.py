@@ -85,7 +85,6 @@ def _plain(word):
 
 class WordPiece:
     """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
-
     vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. Raises InputError.
     first_word: the lowest id that may be sampled; those below are special or [unused]."""
     def __init__(self, vocab, lowercase):
@@ -160,7 +159,6 @@ def _tag(word):
 
 def parse_phrases(words):
     """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
-
     Objects are nouns with the nouns before them; attributes adjectives, numbers and participles, each alone; relations verbs with
     their prepositions, and prepositions between objects. Words in no phrase (articles, pronouns, forms of be, adverbs) are never masked.
     >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
@@ -187,7 +185,6 @@ def parse_phrases(words):
     def preposition(j):                                  # how many words, 0 if none
         several = COMPLEX.match(" ".join(low[j:j + 4]))
         return len(several[0].split()) if several else tags[j] == "P"
-
     while i < len(low):
         j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
         if preposition(i):                               # between objects: a man in a hat, a tool for cutting
@@ -209,7 +206,6 @@ def _record(feature_size):
 
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
-
     items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by
     name). source: JSON-able description of where the features came from. The file takes its name only when complete; a killed
     conversion goes on behind the last image in its log. After the records come a JSON header (source; of each image its name,
@@ -248,7 +244,6 @@ def write_regions(path, items, source):
 
 class Regions:
     """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images.
-
     names: list of str. counts: (I,) regions of each image. Raises InputError if the file is missing or harmed."""
     def __init__(self, path):
         with _blame(path, mend="delete it, and it is made again from its source"), open(path, "rb") as file:
@@ -402,7 +397,6 @@ def _npz_image(path, sizes):
 
 def describe_crops(picture, boxes):
     """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) floats in [-1, 1].
-
     A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
     places = np.asarray(boxes, np.float64) * [*picture.size, *picture.size]
     crops = np.stack([np.asarray(picture.resize((24, 24), Image.BOX, tuple(place))) for place in places]) / np.float32(256)
@@ -437,7 +431,6 @@ def _entries(form, files, sizes):
 
 def check_regions(features, boxes, size=None, conf=None, count=None):
     """What every image must pass -> features (R,F), boxes (R,4) in 0..1; ValueError says what is wrong.
-
     size: (width, height) where boxes are in pixels. conf: scores, by which 10 to 100 regions are kept (METHOD 1)."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features has shape {features.shape}; (regions, feature size) is expected")
@@ -510,7 +503,6 @@ def read_captions(path, left_out):
 
 def load_data(name, root=None, features=None, skip_bad=False, tokens=None, feature_size=None, store="data", min_count=3, max_text=64):
     """Whatever form of a data set lies under root -> Data. Raises InputError.
-
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
     features: file or folder of the region features, if not below root.
     tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words seen
@@ -836,7 +828,6 @@ def load_scenes(seed, sizes, store):
                     yield name, features, boxes
         write_regions(target, items(), source)
         return made
-
     intact = False
     with contextlib.suppress(InputError):                # no store yet, or a harmed one
         intact = Regions(target).source == source

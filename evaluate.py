@@ -17,7 +17,6 @@ from data import ATTRIBUTES, BACKGROUNDS, PLURALS, Split, describes, draw
 # ---- recall ----------------------------------------------------------------------------------------------------------
 def retrieval_metrics(scores, image_of_caption):
     """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks), in percent.
-
     scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image; -1 = a
     caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
     Ranks are exact: the number of wrong items that score as high as the best right one, or higher; so a tie counts against the query,
@@ -57,7 +56,6 @@ def equal_groups(sizes, most):
 
 def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
-
     captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs
     done, all). An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow."""
     content = data.splits[split]
@@ -106,7 +104,6 @@ def judge_words(model, data, split, sentences, images, device="cpu", dtype=torch
 
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.
-
     corrections: logits (N, T, V) or their best words (N, T).  sentences, originals: (N, T).  text_mask: (N, T) bool.
     Replaced is a word that differs from the original, flagged one whose class 0 is the likelier. Correction is judged at replaced
     words only. A share of nothing is 0."""
@@ -185,7 +182,6 @@ def _draw_rows(path, rows):
 
 def draw_negatives(path, rows):
     """For some images: the caption, the hardest retrieved negative, and generated ones with what the heads say of them.
-
     rows: list of {"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score),
     "generated": [(words, score, replaced, flagged, corrected)]}, the last three with an entry a word: was it replaced (bool), does WoD
     flag it (bool), what does WoC put back (str, or None for nothing to show)."""

@@ -51,7 +51,6 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     fallback = among_rest.masked_fill(~phrases.any(2)[:, None], 2.0).argmin(2, keepdim=True)
     chosen = torch.where(chosen.any(2, keepdim=True), chosen, torch.zeros_like(chosen).scatter(2, fallback, True))
     masked = torch.matmul(chosen.float(), member) > 0                                   # (B, M, T)
-
     original = input_ids[:, None].expand(b, maskings, t)
     coin = torch.rand(b, maskings, t, device=device, generator=generator)
     random_words = torch.randint(first, end, (b, maskings, t), device=device, generator=generator)

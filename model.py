@@ -243,7 +243,6 @@ class TagsDC(nn.Module):
         fall_back("rank_output.", "itm_output.", slice(1, 2))
         fall_back("disc_output.", "itm_output.")
         fall_back("correction_output.predictions.", "cls.predictions.")
-
         own, fitted = self.state_dict(), {}
         for name, parts in self._official_names().items():
             for part, place in zip(parts, own[name].chunk(len(parts))):

@@ -49,7 +49,6 @@ def draw_pairs(split, count, rng):
 
 def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
     """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked.
-
     rng: a CPU torch.Generator: what is random is drawn on the CPU, so that no size need be asked of a GPU.
     Returns a dict of tensors on `device`: input_ids (P, T), anchor_ids (B, T), own (P, C, T') all true captions of each image,
     features (P, R, F), boxes (P, R, 7), region_mask (P, R), masked (B, M, T); and labels (B, M, T), which stays on the CPU."""
@@ -63,7 +62,6 @@ def make_batch(data, split, captions, anchors, device, rng, maskings, probabilit
 
 def retrieve_negatives(model, texts, images, batch, args):
     """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
-
     Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
     word, one of an image's own is never its negative, nor the image the caption's."""
     b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
@@ -106,7 +104,6 @@ class Objective(torch.nn.Module):
         images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         b = len(batch["masked"])
         row, terms, seen = torch.arange(b, device=ids.device), {}, {}
-
         if "itm" in weights:  # the true pair, one random caption, one random image
             logits = model.score_pairs(texts, torch.cat((row, (row + 1) % b, row)), images, torch.cat((row, row, (row + 1) % b)))
             terms["itm"] = losses.matching_loss(logits, (torch.arange(3 * b, device=ids.device) < b).float())
@@ -145,7 +142,6 @@ class Objective(torch.nn.Module):
 
 def training_step(objective, data, args, weights, rng, device_rng, device):
     """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted sum of the losses.
-
     Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics."""
     model, mining = getattr(objective, "module", objective).model, "hard" in weights
     b, p, m, probability = ((args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
@@ -336,7 +332,6 @@ def scores_of(model, data, split, args, device, images=None):
 
 def tailored_examples(model, data, split, captions, args, device):
     """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
-
     Returns a dict of CPU tensors: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H),
     flagged (N, H, T) bool by word discrimination, corrections (N, H, T) long, discrimination (N, H, T, 2) logits."""
     batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
@@ -499,7 +494,6 @@ def parse_arguments(argv):
     add("--analyse-images", type=int, default=200, help="test images whose generated negatives are analysed")
     add("--score-batch", type=int, default=256, help="pairs in one pass without gradient")
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
-
     known = vars(parser.parse_known_args(argv)[0])
     name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
     if known["recipe"]:
