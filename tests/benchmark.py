@@ -42,7 +42,7 @@ class Made:
         def spread(values, count):  # as evenly over the values as count allows, in random order
             return torch.tensor(values)[(torch.randperm(count, generator=rng) * 2 + 1) * len(values) // (2 * count)]
         self.lengths, counts = spread(made["lengths"], captions), spread(made["regions"], images)
-        self.tokenizer = SimpleNamespace(pad_id=0, mask_id=4, first_word=5, tokens=range(made["vocab"]))
+        self.tokenizer = SimpleNamespace(pad_id=0, mask_id=4, word_range=(5, made["vocab"]))
         place, end = torch.arange(max(made["lengths"])), self.lengths[:, None] - 1
         words = torch.randint(5, made["vocab"], (captions, len(place)), generator=rng)
         self.ids = words.masked_fill(place == 0, 2).masked_fill(place == end, 3).masked_fill(place > end, 0)
@@ -124,7 +124,7 @@ def plain_step(plain, data, args, rng, device_rng, device):
         false_texts, text_valid = generate.select_hardest(text_scores, ~generate.is_true(ids.expand(b, p, -1), own[:b]), h)
         candidates = generate.refill_masks(
             lambda ids, index: plain.words("cls", plain.encode(ids, *(x[index] for x in images))[:, :t]), batch["masked"], labels,
-            tagsdc.word_range(data.tokenizer), args.refills, args.temperature, device_rng, size)
+            data.tokenizer.word_range, args.refills, args.temperature, device_rng, size)
         scores = plain.score(candidates.flatten(0, 1), torch.arange(b * n, device=device), images, row.repeat_interleave(n), size)
         index, valid = generate.select_hardest(scores.view(b, n), generate.drop_non_negatives(candidates, own[:b]), h)
         sentences = torch.where(valid[..., None], candidates.gather(1, index[..., None].expand(-1, -1, t)), 0)
