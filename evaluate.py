@@ -187,7 +187,8 @@ def draw_negatives(path, rows):
     flag it (bool), what does WoC put back (str, or None for nothing to show)."""
     legend = ("legend", None, ["replaced word ", "flagged by word discrimination", " word"], [True, False, False], [False, True, False],
               [None, None, "what word correction puts back"])
-    _draw_rows(path, [(None, [legend]), *((row["picture"], [("caption", row["score"], row["caption"]), ("retrieved", *row["retrieved"][::-1]),
+    _draw_rows(path, [(None, [legend]), *((row["picture"], [
+        ("caption", row["score"], row["caption"]), ("retrieved", *row["retrieved"][::-1]),
         *(("generated", score, words, *marks) for words, score, *marks in row["generated"])]) for row in rows)])
 
 def draw_search(path, query, picture, results):
