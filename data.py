@@ -465,8 +465,8 @@ def _checked(entries, done, left_out):
 # ---- a data set on disk ----------------------------------------------------------------------------------------------
 NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
 (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
-coco_val2014_000000391895.npz), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that would do: the JSON and images/ with the pictures that
-it names""".replace("\n", " ")
+coco_val2014_000000391895.npz), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that
+would do: the JSON and images/ with the pictures that it names""".replace("\n", " ")
 FORMS = {"tsv": ".tsv", "npz": ".npz", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):

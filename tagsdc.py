@@ -286,7 +286,8 @@ class Run:
         if "hard" in weights:
             candidates = 2 * args.pool + args.maskings * args.refills * bool(SYNTHETIC & weights.keys())
             means["negatives/s"] = row["negatives_per_s"] = round(args.batch_size * args.accumulate * candidates * world()[1] / pace)
-        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
+        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+            + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
         if world()[1] > 1:  # all stop at the same step, or none
             dist.all_reduce(signals := torch.tensor(self.signal, device=self.device), dist.ReduceOp.MAX)
             self.signal = signals.item()
