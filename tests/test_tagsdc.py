@@ -162,3 +162,16 @@ def test_ctrl_c_saves_and_exits_with_130(world, tmp_path):
             break
     command.send_signal(signal.SIGINT)
     assert command.wait(60) == 130 and (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("recipe, lr, steps, tags, mlm, more", [
+    ("coco-base-1", 5e-5, 5000, 5e-5, 0.01, {}), ("coco-base-2", 1e-5, 1500, 1e-4, 0.05, dict(lambda_wod=5e-4, lambda_woc=5e-4)),
+    ("flickr-base-1", 5e-5, 5000, 5e-4, 0.05, dict(temperature=2.0, batch_size=16)), ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, {}),
+    ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)), ("flickr-large-2", 1e-5, 1500, 1e-3, 0.05, dict(hard=23))])
+def test_recipes_are_the_release_s_schedules(recipe, lr, steps, tags, mlm, more):
+    args = tagsdc.parse_arguments(["--recipe", recipe])
+    ((phase, planned, weights, peak),) = tagsdc.phase_plan(args)
+    assert (phase, planned, peak, weights["tags"], weights["mlm"]) == ("tags" if recipe[-1] == "1" else "dc", steps, lr, tags, mlm)
+    assert ("wod" in weights) == (phase == "dc") and (args.pool, args.maskings, args.refills, args.dropout) == (399, 20, 20, 0.1)
+    assert vars(args).items() >= more.items()
+    assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5, "what is said on the command line goes before a recipe"
