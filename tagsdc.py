@@ -464,8 +464,8 @@ def parse_arguments(argv):
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=6000, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=4", "tags=1", "dc=1"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--steps", type=int, default=5000, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=4", "tags=0.5", "dc=0.5"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
     add("--words-first", type=float, default=0.8, help="share of the warm-up that learns words (MLM) alone, before matching")
