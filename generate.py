@@ -136,7 +136,7 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
 
 def _score_usable(match, candidates, usable, chunk_size):
     """Matching logits (B, N) of the usable candidates; on a GPU of all, since to count the usable ones would halt it."""
-    (b, n, t), flat = candidates.shape, candidates.flatten(0, 1)
+    (b, n), flat = usable.shape, candidates.flatten(0, 1)
     pick = usable.flatten().nonzero()[:, 0] if flat.device.type == "cpu" else torch.arange(b * n, device=flat.device)
     scores = [match(flat[chunk], chunk // n).float() for chunk in pick.split(chunk_size)]
     return torch.zeros(b * n, device=flat.device).scatter(0, pick, torch.cat(scores)).view(b, n)

@@ -522,7 +522,7 @@ def parse_arguments(argv):
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
         f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
             not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
-    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init,) if path}
+    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init,) if path and not source}
     for fault in [text for text, wrong in faults.items() if wrong]:
         parser.error(fault)
     return args

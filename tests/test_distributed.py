@@ -1,5 +1,4 @@
 """Two processes on a CPU do what one does on the joint batch."""
-import copy
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-import losses
 from model import Config, TagsDC
 from tagsdc import Objective, parse_arguments
 

@@ -1,5 +1,4 @@
 """Recall, pair scores, analyses and probes, each against a slow or hand-made reference."""
-import json
 from pathlib import Path
 
 import numpy as np

@@ -1,11 +1,9 @@
 """The command, end to end, in miniature: what it writes, that it learns, resumes, repeats itself and refuses bad input."""
 import csv
 import json
-import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +141,8 @@ def test_official_weights_start_a_run(world, tmp_path):
     torch.save({k: v for k, v in network.export_uniter().items() if not k.startswith(("rank", "disc"))}, tmp_path / "uniter.pt")
     assert rerun(tmp_path / "run", world, "--init", str(tmp_path / "uniter.pt"), "--heads", "4") == 0
     assert [row["phase"] for row in rows(tmp_path / "run")][0] == "tags" and metrics(tmp_path / "run")["warmup"] is None
+    (tmp_path / "uniter.pt").unlink()  # what a run began with is not needed to evaluate or search it
+    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
 
 
 def test_training_learns(world, tmp_path):
