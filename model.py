@@ -57,9 +57,9 @@ class Prepared:
     qkv: torch.Tensor          # (A, L, 3D)
     mask: torch.Tensor | None  # (A, L) bool, None = nothing is padded
 
-    def __getitem__(self, index):
-        """The rows at `index` (N,) long."""
-        return Prepared(*(t if t is None else t.index_select(0, index) for t in (self.states, self.qkv, self.mask)))
+    def rows(self, index, end=None):
+        """The rows at `index` (N,) long, cut off at position `end`."""
+        return Prepared(*(t if t is None else t[:, :end].index_select(0, index) for t in (self.states, self.qkv, self.mask)))
 
 _norm = partial(nn.LayerNorm, eps=1e-12)
 
@@ -178,14 +178,22 @@ class TagsDC(nn.Module):
 
     def encode_pairs(self, texts, text_index, images, image_index):
         """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D)."""
-        return self._encode(self._join(texts[text_index], images[image_index]))
+        return self._encode(self._join(texts.rows(text_index), images.rows(image_index)))
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
 
-        batch: pairs in one pass, None = all at once; without gradient a hundred or so keep the working set in a CPU's cache."""
-        return torch.cat([self.match(self._encode(self._join(texts[t], images[i]), cls_only=True))
-                          for t, i in zip(text_index.split(batch or len(text_index)), image_index.split(batch or len(text_index)))])
+        batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of
+        about equal text length then share a pass, padded no further than the longest; a GPU would have to be asked for it."""
+        order, length = torch.arange(len(text_index), device=text_index.device), None
+        if batch and batch < len(order) and texts.mask is not None and order.device.type == "cpu":
+            length = texts.mask.sum(1)[text_index]                            # (N,)
+            order = length.argsort()
+        logits = []
+        for chunk in order.split(batch or len(order)):
+            text = texts.rows(text_index[chunk], None if length is None else length[chunk[-1]])
+            logits.append(self.match(self._encode(self._join(text, images.rows(image_index[chunk])), cls_only=True)))
+        return torch.cat(logits)[order.argsort()]
 
     @staticmethod
     def _join(text, image):

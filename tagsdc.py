@@ -65,9 +65,11 @@ def retrieve_negatives(model, texts, images, batch, args):
     Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
     word, one of an image's own is never its negative, nor the image the caption's."""
     b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
-    anchor, other = torch.arange(b, device=ids.device).repeat_interleave(p), torch.arange(p, device=ids.device).repeat(b)
-    image_scores = model.score_pairs(texts, anchor, images, other, args.score_batch).view(b, p)
-    text_scores = model.score_pairs(texts, other, images, anchor, args.score_batch).view(b, p)
+    pool, rest = torch.arange(p, device=ids.device), torch.arange(b, p, device=ids.device)  # the anchors meet each other once
+    scores = model.score_pairs(texts, torch.cat((pool[:b].repeat_interleave(p), rest.repeat_interleave(b))),
+                               images, torch.cat((pool.repeat(b), pool[:b].repeat(p - b))), args.score_batch)
+    image_scores = scores[:b * p].view(b, p)                                        # (B, P)
+    text_scores = torch.cat((image_scores[:, :b], scores[b * p:].view(p - b, b))).T  # (B, P)
     false_images = ~generate.is_true(ids[:b].expand(p, b, -1), own).T               # (B, P)
     false_texts = ~generate.is_true(ids.expand(b, p, -1), own[:b])                  # (B, P)
     hard = min(args.hard, p)

@@ -279,7 +279,7 @@ def test_encode_pairs_is_forward(model):
 @torch.no_grad()
 def test_prepared_rows_can_be_picked(model):
     (texts, images), order = prepared(model), torch.tensor([2, 1])
-    scores = model.score_pairs(texts[order], torch.arange(2), images[order], torch.arange(2))
+    scores = model.score_pairs(texts.rows(order), torch.arange(2), images.rows(order), torch.arange(2))
     assert close(scores, model.match(model(*make_batch()))[order])
 
 
