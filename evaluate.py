@@ -1,18 +1,20 @@
-"""What a model is worth: recall, scores of all pairs, the paper's analyses, and the pictures.
+"""What a model is worth: recall, scores of all pairs, the paper's analyses, probes on real text, and the pictures.
 
 Letters: C captions, I images, N sentences or pairs, T text positions, V vocabulary. Every mask: True = real. All shares are in percent.
 `device, dtype, score_batch`: where the model lies, float32 or bfloat16 (autocast), pairs in one pass."""
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import ATTRIBUTES, BACKGROUNDS, PLURALS, Split, describes, draw
+from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes, draw, image_key
 
 # ---- recall ----------------------------------------------------------------------------------------------------------
 def retrieval_metrics(scores, image_of_caption):
@@ -38,6 +40,41 @@ def fold_metrics(scores, image_of_caption, folds=5):
     runs = [(images, torch.isin(image_of_caption, images)) for images in torch.arange(scores.size(1)).tensor_split(folds)]
     results = [retrieval_metrics(scores[rows][:, images], image_of_caption[rows] - images[0]) for images, rows in runs]
     return {key: sum(result[key] for result in results) / folds for key in results[0]}
+
+def _precision(line, right, r):
+    """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
+    query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
+    own, nth = line[right].sort(descending=True).values, torch.arange(1, len(right) + 1)
+    wrong = (~(line < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)                 # ahead of each positive
+    hit = (wrong + nth <= r).double()
+    return torch.stack(((hit * nth / (wrong + nth)).sum() / r, hit.sum() / r, (wrong[0] == 0).double()))
+
+def eccv_metrics(scores, data, split, folder):
+    """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
+    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, with
+    coco_test_ids.npy and original_caption_to_image.json, which tell which caption is which.
+    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", "eccv_ir_...", "cxc_..."}."""
+    content, result, captions_of, row, listed = data.splits[split], {}, {}, {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
+    if not listed:
+        return result
+    folder = listed.parent
+    image_of = json.loads((folder / "original_caption_to_image.json").read_bytes())
+    for caption in np.load(listed, allow_pickle=False).tolist():
+        captions_of.setdefault(str(image_of[str(caption)][0]), []).append(str(caption))
+    column = {image_key(name): i for i, name in enumerate(content.images)}
+    for image, i in column.items():                                                         # its captions in our order
+        row.update(zip(captions_of.get(image, []), (content.image_of_caption == i).nonzero()[:, 0].tolist()))
+    ways = ("tr", "image_to_caption", column, row, scores.T), ("ir", "caption_to_image", row, column, scores)
+    for name, (way, asked, queries, gallery, table) in itertools.product(("eccv", "cxc"), ways):
+        file = folder / f"{name}_{asked}.json"
+        told = json.loads(file.read_bytes()) if file.is_file() else {}                       # {query: positives}
+        found = [_precision(table[queries[query]], torch.tensor(right), len(set(positives)))  # as in the official code, R counts all
+                 for query, positives in told.items() if query in queries
+                 and (right := [gallery[str(p)] for p in set(positives) if str(p) in gallery])]
+        if found:
+            result |= zip((f"{name}_{way}_{key}" for key in ("map_at_r", "rprecision", "r1", "queries")),
+                          [*(100 * torch.stack(found).mean(0)).tolist(), len(found)])
+    return result
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
@@ -76,31 +113,33 @@ def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_ba
                     progress(done, scores.numel())
     return scores
 
-def score_sentences(model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
-    """Matching logits (N,) of single pairs: sentences (N, T) long, padded, each with its image (N,) long of a split."""
-    scores = []
-    with inference(model, device, dtype):
-        for ids, chosen in zip(sentences.to(device).split(score_batch), images.split(score_batch)):
-            regions = model.prepare_regions(*(x.to(device) for x in data.image(split, chosen)))
-            texts, each = model.prepare_text(ids, ids != data.tokenizer.pad_id), torch.arange(len(ids), device=device)
-            scores.append(model.score_pairs(texts, each, regions, each).float())
-    return torch.cat(scores).cpu()
-
-# ---- the paper's analyses -------------------------------------------------------------------------------------------------
-KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
-         ("above", "below", "inside", "touching"), ATTRIBUTES]
-
-def judge_words(model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
-    """What the heads say of each word of sentences (N, T) long, padded, with images (N,) of a split: discrimination
-    logits (N, T, 2), class 0 = replaced, and the likeliest original words (N, T) long."""
+def read_sentences(read, model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
+    """read(hidden (n, T + R, D)), a tuple of tensors (n, ...), for sentences (N, T) long, padded, each with its image (N,) long of a
+    split -> a tuple of tensors (N, ...) on the CPU."""
     said = []
     with inference(model, device, dtype):
         for ids, chosen in zip(sentences.to(device).split(score_batch), images.split(score_batch)):
             features, boxes, region_mask = (x.to(device) for x in data.image(split, chosen))
-            words = model(ids, features, boxes, ids != data.tokenizer.pad_id, region_mask)[:, :ids.size(1)]
-            best = [model.correct(part).argmax(-1) for part in words.split(16)]               # V may be large
-            said.append((model.discriminate(words).float(), torch.cat(best)))
+            said.append(read(model(ids, features, boxes, ids != data.tokenizer.pad_id, region_mask)))
     return tuple(torch.cat(part).cpu() for part in zip(*said))
+
+def score_sentences(model, data, split, sentences, images, **options):
+    """Matching logits (N,) of single pairs: sentences (N, T) long, padded, each with its image (N,) long of a split."""
+    return read_sentences(lambda hidden: (model.match(hidden).float(),), model, data, split, sentences, images, **options)[0]
+
+def judge_words(model, data, split, sentences, images, **options):
+    """What the heads say of each word of sentences (N, T) long, padded, with images (N,) of a split: discrimination
+    logits (N, T, 2), class 0 = replaced, and the likeliest original words (N, T) long."""
+    def read(hidden):
+        words = hidden[:, :sentences.size(1)]
+        return model.discriminate(words).float(), torch.cat([model.correct(part).argmax(-1) for part in words.split(16)])  # V may be large
+    return read_sentences(read, model, data, split, sentences, images, **options)
+
+# ---- the paper's analyses, probes on real text -------------------------------------------------------------------------
+KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
+         ("above", "below", "inside", "touching"), ATTRIBUTES]
+PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str},
+          "foil": {"image_file": str, "caption": str, "foil": str}, "rococo": {"image": str, "caption": list}}
 
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.
@@ -144,6 +183,41 @@ def false_negative_share(data, split, images, sentences, valid):
     scenes, kept = data.splits[split].scenes, valid.nonzero()[:, 0].tolist()
     truth = [describes(data.tokenizer.decode(sentences[n].tolist()), scenes[images[n]]) for n in kept] or [None]
     return {"false_negatives": 100 * truth.count(True) / len(truth), "parse": 100 - 100 * truth.count(None) / len(truth)}
+
+def run_probe(path, model, data, split, **options):
+    """One fine-grained test on real text, recognised by the form of its JSON, on those images that have features.
+    SugarCrepe {id: {filename, caption, negative_caption}} and FOIL as VALSE has it {id: {image_file, caption, foil}}: "pairwise", the
+    share of true captions that score above their false ones. FOIL also: word_metrics on the false ones that have as many word pieces
+    as the true, "same_length" of them. RoCOCO [{image, caption: [true .., 5 altered]}]: text recall "tr_r1" .., and "altered_tr_r1" ..
+    with the altered captions in the gallery. All in percent. Also "items" used, "total", "held_out" (with an image of this split).
+    The file's name precedes every key. options: device, dtype, score_batch.  Raises InputError for any other file."""
+    try:
+        items = json.loads(Path(path).read_bytes())
+        items = list(items.values()) if isinstance(items, dict) else items
+        probe = next(name for name, fields in PROBES.items() if items and all(
+            isinstance(item.get(field), kind) and len(item[field]) > 5 * (kind is list) for item in items for field, kind in fields.items()))
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{path}: no file of SugarCrepe, VALSE's FOIL or RoCOCO ({str(error) or 'unlike'})") from None
+    where, *fields = PROBES[probe]
+    found = [(item, row) for item in items if (row := data.regions.row(item[where])) is not None]
+    names, rows = [item[where] for item, _ in found], [row for _, row in found]
+    result = {"items": len(found), "total": len(items), "held_out": int(np.isin(rows, data.splits[split].rows).sum())}
+    if probe == "rococo" and found:
+        owner = torch.tensor([i for n, (item, _) in enumerate(found) for i in [n] * (len(item["caption"]) - 5) + [-1] * 5])
+        own = own_words(data, [text for item, _ in found for text in item["caption"]], names, rows)
+        scores = score_matrix(model, own, "own", **options)
+        for prefix, use in (("", owner >= 0), ("altered_", owner >= -1)):
+            result |= {prefix + key: share for key, share in retrieval_metrics(scores[use], owner[use]).items() if key.startswith("tr")}
+    elif found:
+        own, images = own_words(data, [item[field] for field in fields for item, _ in found], names, rows), torch.arange(len(found))
+        right, wrong = own.text("own", torch.arange(2 * len(found))).chunk(2)
+        result["pairwise"] = pairwise_accuracy(model, own, "own", images, wrong, **options)
+        if probe == "foil":
+            mask = wrong != data.tokenizer.pad_id
+            same = (right != data.tokenizer.pad_id).sum(1) == mask.sum(1)
+            words = (*judge_words(model, own, "own", wrong, images, **options), wrong, right, mask)
+            result.update(word_metrics(*(part[same] for part in words)), same_length=int(same.sum()))
+    return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 WIDTH, INK, GREY, ORANGE, BLUE, GREEN = 1120, (35, 38, 45), (125, 128, 135), (204, 80, 0), (0, 105, 190), (0, 130, 80)

@@ -26,7 +26,6 @@ class Negatives(NamedTuple):
 
 def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None):
     """Masks whole phrases of each caption, M times over (METHOD 3.1).
-
     input_ids: (B, T) long.  phrases: (B, P, T) bool membership; a caption without any phrase, or None, masks single words.
     vocabulary_range: (first, end) of the ordinary word ids; ids outside (special tokens, padding, unknown words) are never masked.
     A phrase is chosen with `probability`, averaged over its tokens, where a token that lies in f phrases contributes
@@ -59,7 +58,6 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
 
 def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None):
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
-
     masked, labels: (B, M, T) long from `mask_phrases`.  Only ids in vocabulary_range are ever sampled.
     chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states (n, T, D), and project (q, D) -> (q, V)
     turns those of the masked positions alone into logits, which spares the vocabulary matrix elsewhere.
@@ -89,7 +87,6 @@ def is_true(sentences, positives, pad_id=0):
 
 def drop_non_negatives(candidates, positives, pad_id=0):
     """Which candidates may serve as negatives: none of the image's own captions, and no duplicate (METHOD 3.3).
-
     candidates: (B, N, T) long.  positives: (B, C, T') long, the image's own captions padded with pad_id, T' need not be T.
     Returns valid (B, N) bool. Of equal candidates the first stays. A candidate is only ever dropped for a sentence equal to it
     word for word; hashes serve to bring equal sentences together."""
@@ -103,7 +100,6 @@ def drop_non_negatives(candidates, positives, pad_id=0):
 
 def select_hardest(scores, valid, h):
     """The h highest-scoring usable candidates of each row (METHOD 3.4).
-
     scores: (B, N) float, the higher the harder; one that is not finite is not usable.  valid: (B, N) bool, True = usable.
     Returns index (B, h) long and kept (B, h) bool, hardest first; kept is False where a row ran out of usable candidates, and
     such an index must not be used. Raises ValueError if h > N, naming both."""
@@ -117,7 +113,6 @@ def select_hardest(scores, valid, h):
 def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, vocabulary_range, pad_id=0, maskings=20, refills=20,
                      hard=31, temperature=1.5, probability=0.15, generator=None, chunk_size=512, project=None, masks=None):
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select (METHOD 3).
-
     fill, match: the two callables of the module docstring.  input_ids: (B, T) long.  phrases: (B, P, T) bool, or None.
     positives: (B, C, T') long, all true captions of each image, the anchor among them, padded with pad_id.
     masks: (masked ids, labels) of `mask_phrases`, drawn here if not given, so that the MLM loss can share them.

@@ -14,7 +14,6 @@ FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 befor
 
 def masked_mean(values, valid):
     """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar.
-
     Among several processes the sum is divided by the mean count of all, so that the average of their gradients is the
     gradient of the joint batch, however unevenly the valid entries lie."""
     total, processes = valid.sum().float(), 1
@@ -25,7 +24,6 @@ def masked_mean(values, valid):
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None):
     """mean [margin + s(negative) - s(positive)]+ over all usable negatives, not only the hardest (METHOD 2 and 3.5).
-
     positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.
     negatives: (B, H) float, scores in [0, 1] of the pairs that must lie `margin` below.
     valid: (B, H) bool, True = a usable negative; None = all are.
@@ -43,7 +41,6 @@ def matching_loss(logits, matches):
 
 def masked_lm_loss(logits, labels):
     """Cross-entropy of the MLM head at the masked positions (METHOD 3.5).
-
     logits: (..., V) float; labels: (...) long, the original word or -1 where nothing was masked.
     Returns the mean over labelled positions; (B, T, V) and already selected (Q, V) logits give the same."""
     cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
@@ -51,7 +48,6 @@ def masked_lm_loss(logits, labels):
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
     """Which words were replaced? Weighted cross-entropy over every text position (METHOD 4).
-
     logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.
     Replaced words weigh 1, original ones `original_weight`, because few words are replaced. Divides by the number of
     positions ([CLS] and [SEP] included), not by the weight sum, as the official code does."""
@@ -61,7 +57,6 @@ def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
 
 def word_correction_loss(logits, labels):
     """Cross-entropy of the correction head with the original words (METHOD 4).
-
     logits: (..., V) float; labels: (...) long, the original word or -1 where there is nothing to correct.
     Returns the mean over labelled positions, probabilities floored at 1e-10 as in the official code (no gradient below)."""
     log_p = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (...)

@@ -159,7 +159,6 @@ class TagsDC(nn.Module):
 
     def forward(self, input_ids, features, boxes, text_mask, region_mask):
         """Encodes B pairs.
-
         input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h, w*h),
         text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
         Returns hidden (B, T + R, D): the text positions first, then the regions. Rows of padding are meaningless, and no
@@ -182,7 +181,6 @@ class TagsDC(nn.Module):
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
-
         batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of
         about equal text length then share a pass, padded no further than the longest; a GPU would have to be asked for it."""
         order, length = torch.arange(len(text_index), device=text_index.device), None
@@ -235,7 +233,6 @@ class TagsDC(nn.Module):
 
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
-
         Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names,
         and fine-tuned TAGS (`rank_output`, `disc_output`, `correction_output`). Heads that are missing: `rank_output` takes the
         "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a copy of the MLM head.

@@ -318,6 +318,9 @@ def load_checkpoint(path, own=False):
     return state
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
+def scoring(args, device):
+    return dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
+
 def scores_of(model, data, split, args, device, images=None):
     """Score matrix (C, I) of a split, or of its first `images` images and their captions, and the image of each caption, as
     retrieval_metrics takes them. Several processes share the captions."""
@@ -325,7 +328,7 @@ def scores_of(model, data, split, args, device, images=None):
     owner = owner[:torch.searchsorted(owner, images)] if images else owner
     rows, columns = torch.arange(len(owner)).tensor_split(processes)[rank], torch.arange(len(data.splits[split].images))[:images]
     show = (lambda done, total: say(f"scored {done:,} of {total:,} pairs", True)) if sys.stdout.isatty() else None
-    part = evaluate.score_matrix(model, data, split, device, args.dtype, args.score_batch, show, rows, columns)
+    part = evaluate.score_matrix(model, data, split, progress=show, captions=rows, images=columns, **scoring(args, device))
     if processes == 1:
         return part, owner
     scores = torch.zeros(len(owner), len(columns), device=device)
@@ -336,17 +339,17 @@ def scores_of(model, data, split, args, device, images=None):
 def tailored_examples(model, data, split, captions, args, device):
     """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
     Returns a dict of CPU tensors: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H),
-    flagged (N, H, T) bool by word discrimination, corrections (N, H, T) long, discrimination (N, H, T, 2) logits."""
+    discrimination (N, H, T, 2) logits, corrections (N, H, T) long."""
     batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
     with evaluate.inference(model, device, args.dtype):
         regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         sentences, valid, _ = (x.cpu() for x in write_negatives(model, regions, batch, data.tokenizer, args, torch.Generator(device).manual_seed(args.seed)))
     images = data.splits[split].image_of_caption[captions]
-    pairs = (model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard), device, args.dtype, args.score_batch)
-    discrimination, corrections = evaluate.judge_words(*pairs)
-    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid,
-                scores=evaluate.score_sentences(*pairs).sigmoid().view_as(valid), discrimination=discrimination.unflatten(0, valid.shape),
-                flagged=(discrimination[..., 0] > discrimination[..., 1]).view_as(sentences), corrections=corrections.view_as(sentences))
+    pairs = (model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard))
+    discrimination, corrections = evaluate.judge_words(*pairs, **scoring(args, device))
+    scores = evaluate.score_sentences(*pairs, **scoring(args, device)).sigmoid()
+    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid, scores=scores.view_as(valid),
+                discrimination=discrimination.unflatten(0, valid.shape), corrections=corrections.view_as(sentences))
 
 def final_split(data):
     """The split that is reported and searched: test, or the nearest there is."""
@@ -359,17 +362,19 @@ def test_report(model, data, split, args, device):
     metrics = evaluate.retrieval_metrics(scores, owner)
     if data.name == "coco" and len(content.images) == 5000:
         metrics.update({f"1k_{name}": value for name, value in evaluate.fold_metrics(scores, owner).items()})
-    if content.scenes:
-        wrong = evaluate.one_word_wrong(data, split, args.seed)
-        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, device=device, dtype=args.dtype, score_batch=args.score_batch)
+    if args.root:
+        metrics |= evaluate.eccv_metrics(scores, data, split, Path(args.root))
     some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
     made = tailored_examples(model, data, split, some, args, device)
-    sentences, originals = made["sentences"].flatten(0, 1), made["originals"].repeat_interleave(args.hard, 0)  # what is not valid is all padding
+    sentences, originals = made["sentences"].flatten(0, 1), made["originals"].repeat_interleave(args.hard, 0)
     metrics |= evaluate.word_metrics(made["discrimination"].flatten(0, 1), made["corrections"].flatten(0, 1), sentences, originals,
-                                     sentences != data.tokenizer.pad_id)
+                                     sentences != data.tokenizer.pad_id)  # what is not valid is all padding
     metrics["synthetic_score"] = made["scores"][made["valid"]].mean().item()
     if content.scenes:
         metrics |= evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), sentences, made["valid"].flatten())
+        wrong = evaluate.one_word_wrong(data, split, args.seed)
+        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **scoring(args, device))
+        metrics |= zip(("ceiling_tr_r1", "ceiling_ir_r1"), datasets.identification_ceiling(content.scenes, content.captions, owner))
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
 def picture_negatives(path, data, split, scores, made, count=6):
@@ -380,7 +385,7 @@ def picture_negatives(path, data, split, scores, made, count=6):
         false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
         worst, generated = false.argmax().item(), []
         for h in made["valid"][n].nonzero()[:3, 0].tolist():
-            ids, flagged = made["sentences"][n, h], made["flagged"][n, h].tolist()
+            ids, flagged = made["sentences"][n, h], (made["discrimination"][n, h].argmin(1) == 1).tolist()
             words = range(1, (ids != data.tokenizer.pad_id).sum().item() - 1)
             generated.append(([decode(ids[i]) for i in words], made["scores"][n, h].item(), [(ids[i] != made["originals"][n, i]).item() for i in words],
                               [flagged[i] for i in words], [decode(made["corrections"][n, h, i]) if flagged[i] else None for i in words]))
@@ -391,7 +396,8 @@ def picture_negatives(path, data, split, scores, made, count=6):
 TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "text"), ("ir", "image")) for k in (1, 5, 10)} | {
     "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %", "false_negatives": "generated sentences that are true, %",
     "parse": "generated sentences that parse, %", "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
-    "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives"}
+    "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives",
+    "ceiling_tr_r1": "who knows all and guesses ties: text R@1", "ceiling_ir_r1": "who knows all and guesses ties: image R@1"}
 
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
@@ -400,13 +406,11 @@ def finish(args, data, model, device, state):
     metrics, scores, made = test_report(model, data, split, args, device)
     if world()[0] > 0:
         return
-    say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':40}{'warm-up' if warmup else '':>10}{'final':>10}")
+    for path in args.probe:
+        metrics.update(evaluate.run_probe(path, model, data, split, **scoring(args, device)))
+    say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':42}{'warm-up' if warmup else '':>10}{'final':>10}")
     for name, value in metrics.items():
-        say(f"{TABLE.get(name, name):40}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
-    if content.scenes:
-        metrics["ceiling_tr_r1"], metrics["ceiling_ir_r1"] = ceiling = datasets.identification_ceiling(
-            content.scenes, content.captions, content.image_of_caption)
-        say(f"who knows the whole truth and guesses among ties: text retrieval R@1 {ceiling[0]:.1f}, image retrieval R@1 {ceiling[1]:.1f}")
+        say(f"{TABLE.get(name, name):42}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
     if args.save_scores:
         write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
     picture_negatives(out / "negatives.png", data, split, scores, made)
@@ -433,7 +437,7 @@ def search(args, data, model, device, count=6):
         picture = evaluate.picture_of(data, split, own)
     else:
         raise datasets.InputError(f"--image {args.image}: no such image in the {split} split; its first are {', '.join(content.images[:3])}")
-    scores = evaluate.score_sentences(model, data, split, ids, images, device, args.dtype, args.score_batch).sigmoid()
+    scores = evaluate.score_sentences(model, data, split, ids, images, **scoring(args, device)).sigmoid()
     best = scores.topk(min(count, len(scores))).indices.tolist()
     results = [(evaluate.picture_of(data, split, i), content.images[i], scores[i].item()) if args.query else
                (None, content.captions[i] + "  (its own)" * bool(content.image_of_caption[i] == own), scores[i].item()) for i in best]
@@ -451,12 +455,14 @@ def parse_arguments(argv):
     add("--checkpoint", metavar="FILE", help="checkpoint for --query and --image")
     add("--query", metavar="TEXT", help="find the test images that a sentence describes best")
     add("--image", metavar="NAME", help="find the test captions that describe an image best")
+    add("--probe", metavar="FILE", nargs="+", default=[], help="fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--quick", action="store_true", help="everything in miniature, to see that it works")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="scenes", help="scenes, coco, flickr30k, or a JSON file of Karpathy's form")
     add("--root", help="folder of the captions and region features")
     add("--features", help="file or folder of the region features, if not under --root")
+    add("--phrases", help="JSON with the phrases of the captions; without it they are parsed by rules")
     add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
     add("--scenes", type=int, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
     add = parser.add_argument_group("model").add_argument
@@ -505,7 +511,7 @@ def parse_arguments(argv):
         parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
     if source:  # what it was trained with
-        of_this_call = ("eval", "checkpoint", "query", "image", "resume", "out", "save_scores", "device", "dtype")
+        of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")
         kept = load_checkpoint(source, own=True)["arguments"]
         parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
     else:
@@ -524,7 +530,7 @@ def parse_arguments(argv):
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
         f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
             not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
-    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.init,) if path and not source}
+    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.phrases, *args.probe, None if source else args.init) if path}
     for fault in [text for text, wrong in faults.items() if wrong]:
         parser.error(fault)
     return args
@@ -587,7 +593,7 @@ def run(args):
     if world()[0] > 0:
         dist.barrier()  # the first process converts the data, the others then find it done
     data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
-        args.data, args.root, args.features, args.skip_bad, given and given.get("tokens"),
+        args.data, args.root, args.features, args.phrases, args.skip_bad, given and given.get("tokens"),
         given["config"]["feature_size"] if given and "config" in given else None, store)
     if world()[1] > 1 and world()[0] == 0:
         dist.barrier()

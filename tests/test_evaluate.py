@@ -1,4 +1,5 @@
 """Recall, pair scores, analyses and probes, each against a slow or hand-made reference."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,114 @@ def test_false_negatives_are_what_the_oracle_says(world):
     assert share == pytest.approx({"false_negatives": 100 * n / (n + 10), "parse": 100})
     none = evaluate.false_negative_share(world, "test", every, sentences, torch.zeros(3 * n, dtype=torch.bool))
     assert none == {"false_negatives": 0, "parse": 0}
+
+
+# ---- probes
+
+
+def probe(tmp_path, world, model, content, name="some_probe"):
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    result = evaluate.run_probe(tmp_path / f"{name}.json", model, world, "test")
+    assert all(key.startswith(f"{name}_") for key in result)
+    return {key.removeprefix(f"{name}_"): value for key, value in result.items()}
+
+
+def test_sugarcrepe(tmp_path, world, model):
+    content, (captions, ids) = world.splits["test"], evaluate.one_word_wrong(world, "test")
+    texts = [world.tokenizer.decode(line.tolist()) for line in ids]
+    items = {str(n): {"filename": content.images[content.image_of_caption[c]], "caption": content.captions[c],
+                      "negative_caption": text} for n, (c, text) in enumerate(zip(captions.tolist(), texts))}
+    items |= {"x": {"filename": "nowhere.jpg", "caption": "a", "negative_caption": "b"},
+              "y": {"filename": world.splits["train"].images[0], "caption": "a star", "negative_caption": "a star"}}
+    result = probe(tmp_path, world, model, items)
+    n = len(captions)
+    assert (result["items"], result["total"], result["held_out"]) == (n + 1, n + 2, n)
+    expected = evaluate.pairwise_accuracy(model, world, "test", captions, ids) * n / (n + 1)
+    assert result["pairwise"] == pytest.approx(expected, abs=2.1) and "wod_recall" not in result
+
+
+def test_foil_word_by_word(tmp_path, world, model):
+    name = world.splits["test"].images[0]
+    items = {"1": {"image_file": name, "caption": "a red star above a circle", "foil": "a blue star above a circle"},
+             "2": {"image_file": name, "caption": "a red star", "foil": "a red star above a circle"}}
+    result = probe(tmp_path, world, model, items)
+    assert (result["items"], result["total"], result["same_length"]) == (2, 2, 1)
+    own = evaluate.own_words(world, [items["1"]["caption"], items["1"]["foil"]], [name], [world.regions.row(name)])
+    right, wrong = own.text("own", [0]), own.text("own", [1])
+    said = evaluate.judge_words(model, own, "own", wrong, torch.tensor([0]))
+    by_hand = evaluate.word_metrics(*said, wrong, right, wrong >= 0)
+    assert {key: result[key] for key in by_hand} == pytest.approx(by_hand)
+
+
+def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model):
+    content = world.splits["test"]
+    altered = ["a red star above a circle"] * 5
+    items = [{"image": f"somewhere/{name}.jpg", "caption": content.captions[5 * i:5 * i + 5] + altered}
+             for i, name in enumerate(content.images)]
+    result = probe(tmp_path, world, model, items + [{"image": "nowhere.jpg", "caption": ["a"] * 10}])
+    plain = evaluate.retrieval_metrics(evaluate.score_matrix(model, world, "test"), content.image_of_caption)
+    assert (result["items"], result["total"]) == (10, 11)
+    for k in (1, 5, 10):
+        assert result[f"tr_r{k}"] == pytest.approx(plain[f"tr_r{k}"])
+        assert result[f"altered_tr_r{k}"] <= result[f"tr_r{k}"]
+    same = [{**item, "caption": item["caption"][:5] * 2} for item in items]  # every true caption has an equal rival
+    assert probe(tmp_path, world, model, same)["altered_tr_r1"] == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '[{"a": 1}]', '["a"]', '{"0": {"filename": "a", "caption": "b"}}',
+                                     '[{"image": "a", "caption": ["one", "two"]}]'])
+def test_other_files_are_refused_in_one_line(tmp_path, world, model, content):
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(datasets.InputError, match="odd.json") as fault:
+        evaluate.run_probe(tmp_path / "odd.json", model, world, "test")
+    assert "\n" not in str(fault.value)
+    with pytest.raises(datasets.InputError, match="missing.json"):
+        evaluate.run_probe(tmp_path / "missing.json", model, world, "test")
+
+
+# ---- more positives
+
+
+def brute_force_precision(line, right, r):
+    """As the definition reads: sort, wrong before right among equals, walk down the first r ranks."""
+    order = sorted(range(len(line)), key=lambda i: (-line[i], i in right))
+    hits = [i in right for i in order[:r]]
+    return sum(hit * sum(hits[:k + 1]) / (k + 1) for k, hit in enumerate(hits)) / r, sum(hits) / r, order[0] in right
+
+
+def test_eccv_metrics_on_a_made_gallery(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in (391895, 7, 42, 180)]
+    split = datasets.Split(names, np.arange(4), ["a"] * 8, torch.arange(8) // 2)
+    world = datasets.Data("coco", None, type("Regions", (), {"feature_size": 1}), {"test": split})
+    scores = torch.randint(0, 6, (8, 4), generator=generator).float()
+    assert evaluate.eccv_metrics(scores, world, "test", tmp_path) == {}
+    caption_ids, image_ids = [11, 5, 17, 99, 20, 21, 30, 31], [391895, 7, 42, 180]
+    left_out = [1000, 1001]  # of an image that is not in this split, in the middle
+    np.save(tmp_path / "coco_test_ids.npy", np.array(caption_ids[:4] + left_out + caption_ids[4:]))
+    owners = {**{c: [image_ids[n // 2]] for n, c in enumerate(caption_ids)}, **{c: [5] for c in left_out}}
+    tables = {"original_caption_to_image": owners,
+              "eccv_image_to_caption": {391895: [5, 11, 17, 1000, 5], 42: [20, 21, 31], 5: [1000]},
+              "eccv_caption_to_image": {11: [391895, 7], 31: [180, 42, 7], 1000: [5, 7]},
+              "cxc_image_to_caption": {180: [30]}}
+    for name, table in tables.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    result = evaluate.eccv_metrics(scores, world, "test", tmp_path)
+    expected = {"eccv_tr": [(scores[:, 0], {0, 1, 2}, 4), (scores[:, 2], {4, 5, 7}, 3)],
+                "eccv_ir": [(scores[0], {0, 1}, 2), (scores[7], {1, 2, 3}, 3)], "cxc_tr": [(scores[:, 3], {6}, 1)]}
+    assert len(result) == 12
+    for way, queries in expected.items():
+        rows = [brute_force_precision(line.tolist(), *rest) for line, *rest in queries]
+        for key, values in zip(("map_at_r", "rprecision", "r1"), zip(*rows)):
+            assert result[f"{way}_{key}"] == pytest.approx(100 * np.mean(values)), (way, key)
+        assert result[f"{way}_queries"] == len(queries)
+
+
+def test_precision_by_hand():
+    line, right = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]), torch.tensor([0, 2, 4])
+    assert evaluate._precision(line, right, 3).tolist() == pytest.approx([(1 + 2 / 3) / 3, 2 / 3, 1.0])
+    assert evaluate._precision(torch.zeros(5), right, 3).tolist() == pytest.approx([1 / 9, 1 / 3, 0.0])  # wrong first
+    assert evaluate._precision(line, right[:2], 4).tolist() == pytest.approx([(1 + 2 / 3) / 4, 2 / 4, 1.0])
 
 
 # ---- pictures
