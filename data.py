@@ -1,10 +1,10 @@
 """The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
 
     words and word pieces        split_words, WordPiece, build_vocabulary
-    phrases of a caption         parse_phrases
+    phrases of a caption         parse_phrases, read_phrases
     the region store             write_regions, Regions
     data sets and their batches  image_key, Split, Data
-    published region features    check_regions, describe_crops; the forms: TSV, npz, plain pictures
+    published region features    check_regions, describe_crops; the forms: TSV, npz, SCAN's npy, plain pictures
     a data set on disk           load_data
     the embedded world           Scene, draw, make_scenes, describes, identification_ceiling, load_scenes
 
@@ -197,6 +197,20 @@ def parse_phrases(words):
         phrases += [(kind, [p for span in spans[i:j] for p in span])] if kind else []
         i = j
     return phrases
+
+def read_phrases(path):
+    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
+    The file may cut words otherwise than we do (can't: ca n't, or can ' t), so tokens and words are matched by their letters."""
+    table, mend = {}, 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+    for i, entry in enumerate(_read(path, lambda text: list(json.loads(text)), mend)):
+        with _blame(f"{path} entry {i}", mend=mend):
+            words, groups = split_words(entry["caption"]), [set(phrase["tokens"]) for phrase in entry["phrases"] if phrase["tokens"]]
+            letters = [t for t, token in enumerate(entry["tokens"]) for _ in "".join(split_words(token))]        # token of each letter
+            if len(letters) != sum(map(len, words)) or not set().union(*groups) <= set(range(len(entry["tokens"]))):
+                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
+            owners = [{letters.pop(0) for _ in word} for word in words]
+            table[" ".join(entry["caption"].split())] = words, [[w for w, own in enumerate(owners) if own & group] for group in groups]
+    return table
 
 # ---- the region store ------------------------------------------------------------------------------------------------
 MAGIC = b"TAGSDC-REGIONS-1"
@@ -395,6 +409,16 @@ def _npz_image(path, sizes):
             raise ValueError("bbox is in pixels, but neither image_w, image_h here nor the captions' JSON has the size")
     return dict(features=row["features"], boxes=boxes[:, :4], size=size, conf=row.get("conf"), count=row.get("num_bb"))
 
+def _precomp(path):
+    """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
+    with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
+        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
+        listed = path.with_name(f"{split}_names.txt")
+        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
+        if array.ndim != 3 or len(array) != len(names):
+            raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
+    return array, names
+
 def describe_crops(picture, boxes):
     """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) floats in [-1, 1].
     A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
@@ -421,6 +445,10 @@ def _entries(form, files, sizes):
     for path in files:
         if form in ("npz", "images"):
             yield path.name, path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
+        elif form == "precomp":                          # no boxes: every region gets the box of the whole image
+            array, names = _precomp(path)
+            for i, name in enumerate(names):
+                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=WHOLE_IMAGE.repeat(array.shape[1], 0))
         else:
             with open(path, "rb") as rows:
                 for number, line in enumerate(rows, 1):
@@ -465,17 +493,21 @@ def _checked(entries, done, left_out):
 # ---- a data set on disk ----------------------------------------------------------------------------------------------
 NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
 (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
-coco_val2014_000000391895.npz), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that
-would do: the JSON and images/ with the pictures that it names""".replace("\n", " ")
-FORMS = {"tsv": ".tsv", "npz": ".npz", "images": (".jpg", ".jpeg", ".png")}
+coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt, dev_..., test_...; needs no JSON), images/
+(COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that would do: the JSON and images/ with the pictures that
+it names""".replace("\n", " ")
+FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):
-    """-> (form, files), form in tsv | npz | images, or (None, []). Pictures count in a folder *images or *train2014
+    """-> (form, files), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
     and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
     for form, endings in FORMS.items():
         found = [Path(f) for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
             form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", f[len(str(place)):]))]
+        found = [f for f in found if f.name != "test_ims.npy" or f.with_name("testall_ims.npy") not in found]
+        if form == "precomp" and len({f.parent for f in found}) > 1:
+            raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
         if found:
             return form, found
     return None, []
@@ -501,53 +533,90 @@ def read_captions(path, left_out):
             splits[split].append((name, image.get("cocoid", name), size, texts))
     return splits
 
-def load_data(name, root=None, features=None, skip_bad=False, tokens=None, feature_size=None, store="data", min_count=3, max_text=64):
+def read_precomp_captions(paths):
+    """SCAN's *_caps.txt, five lines an image in the order of *_ims.npy -> the same form as read_captions."""
+    splits = {"train": [], "val": [], "test": []}
+    for path in paths:
+        names, caps = _precomp(path)[1], path.with_name(path.name.replace("_ims.npy", "_caps.txt"))
+        texts, split = [" ".join(text.split()) for text in _read(caps)], path.name.split("_")[0]
+        if len(texts) != 5 * len(names) or not all(texts):
+            raise InputError(f"{caps}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of {path.name}; "
+                             "five captions each are expected")
+        splits[{"dev": "val", "testall": "test"}.get(split, split)] = [
+            (name, name, None, texts[5 * i:5 * i + 5]) for i, name in enumerate(names)]
+    return splits
+
+def _stamp(files):
+    """What changes when one of these files does."""
+    stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
+    return {"files": len(files), "bytes": sum(size for _, size, _ in stats), "first": str(files[0]),
+            "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
+
+def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
+              min_count=3, max_text=64):
     """Whatever form of a data set lies under root -> Data. Raises InputError.
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
-    features: file or folder of the region features, if not below root.
+    features: file or folder of the region features, if not below root. phrases: JSON file instead of parse_phrases.
     tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words seen
     min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
-    store: folder for the converted features, used again while their sources' names, sizes and times are the same.
+    store: folder for what is made from the sources, used again while their names, sizes and times are the same.
     skip_bad: leave out what cannot be used, and count it in Data.notes."""
-    captions, target, left_out, splits = Path(name), Path(store) / "regions.bin", [] if skip_bad else None, {}
+    captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
     root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
     if captions.suffix != ".json":
         patterns = (f"dataset_{name}.json", f"dataset_{name}*.json", "dataset_*.json")
         captions = next((path for pattern in patterns for path in sorted(root.glob(pattern))), root / patterns[0])
     form, files = find_features(features or root, bool(features))
-    if not files or not captions.is_file():
+    named = all(Path(str(f).replace("_ims.npy", "_names.txt")).exists() for f in files)
+    scan = form == "precomp" and not (captions.is_file() and named)              # SCAN's own captions go with its arrays
+    if not files or not (scan or captions.is_file()):
         lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
         raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
-    listed, stats = read_captions(captions, left_out), [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
-    source = {"form": form, "files": len(files), "first": str(files[0]), "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
+    place, captions = files[0].parent, files[0].parent if scan else captions
+
+    @functools.cache
+    def listed():                                        # read only when something is to be made anew
+        return read_precomp_captions(files) if scan else read_captions(captions, left_out)
+
+    source, target = {"form": form, **_stamp(files)}, store / "regions.bin"
     regions = Regions(target) if target.exists() else None
     if regions is None or regions.source != source:
-        sizes = {image_key(n): size for images in listed.values() for n, _, size, _ in images if size}
+        sizes = {image_key(n): size for images in listed().values() for n, _, size, _ in images if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
         regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
         raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; "
                          "name the features that it was trained on with --features")
-    for split, images in listed.items():
-        found = []
-        for image, cocoid, _, texts in images:
-            with _blame(f"{captions} image {image} ({split})", left_out):
-                if (row := regions.row(image, cocoid)) is None:
-                    raise ValueError(f"captions without features: no such image in {files[0].parent}")
-                found.append((image, row, texts))
-        if found:
-            names, rows, texts = zip(*found)
-            owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
-            splits[split] = Split([*names], np.array(rows), [text for own in texts for text in own], owner)
+
+    def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
+        found = {}
+        for split, images in listed().items():
+            for image, cocoid, _, texts in images:
+                with _blame(f"{captions} image {image} ({split})", left_out):
+                    if (row := regions.row(image, cocoid)) is None:
+                        raise ValueError(f"captions without features: no such image in {place}")
+                    found.setdefault(split, []).append((image, row, texts))
+        return [{split: list(zip(*images)) for split, images in found.items()}, left_out]
+
+    key = [source, _stamp([*captions.glob("*.txt")] or files if scan else [captions]), skip_bad]
+    matched, left_out = _remember(store / "captions.json", key, match)
+    table, splits = read_phrases(phrases) if phrases else {}, {}
+    for split, (names, rows, texts) in matched.items():
+        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
+        texts = [text for own in texts for text in own]
+        splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
     if not splits:
-        raise InputError(f"{captions}: no image has both captions and features in {files[0].parent}; compare the names")
+        raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
     if tokens is None and (root / "vocab.txt").exists():
         tokens = _read(root / "vocab.txt")
     elif tokens is None and "train" not in splits:
         raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under {root}, "
                          "or evaluate a checkpoint, which has its own")
-    tokens = tokens or build_vocabulary(splits["train"].captions, min_count)
+    tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
+    if phrases:
+        known = [text in table for split in splits.values() for text in split.captions]
+        notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"]
     notes += [f"left out {len(left_out):,}, the first: {left_out[0]}"] if left_out else []
     capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
     return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
