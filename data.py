@@ -26,7 +26,6 @@ import re
 import sys
 import time
 import unicodedata
-import zlib
 
 from PIL import Image
 import numpy as np
@@ -86,7 +85,7 @@ def _plain(word):
 class WordPiece:
     """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
     vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. Raises InputError.
-    first_word: the lowest id that may be sampled; those below are special or [unused]."""
+    word_range: first and behind-last id that may be masked and sampled; those below are special or [unused]."""
     def __init__(self, vocab, lowercase):
         self.tokens, self.lowercase = vocab if isinstance(vocab, list) else _read(vocab), lowercase
         self.ids, self._cache = {token: i for i, token in enumerate(self.tokens)}, {}
@@ -94,8 +93,7 @@ class WordPiece:
             raise InputError(f"{str(vocab)[:99]}: a vocabulary needs {' '.join(SPECIALS)}; give BERT's vocab.txt")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIALS)
         words = (i for i, token in enumerate(self.tokens) if token not in SPECIALS and token[:7] != "[unused")
-        self.first_word = next(words, len(self.tokens))
-        self.word_range = self.first_word, len(self.tokens)      # of the ids that may be masked and sampled
+        self.word_range = next(words, len(self.tokens)), len(self.tokens)
 
     def pieces(self, word):
         """One word of split_words -> its ids (several where it is cut; none if nothing visible is left of it)."""
@@ -131,20 +129,21 @@ def build_vocabulary(captions, min_count):
 # verb form. Other words go by their ending, and what is left is a noun (N).
 TAGS = {word: tag for tag, text in {
     "X": """a all an another both each either few half her his its many more most much no other others own same several some the their these
-        this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
-        something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
-        still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
-    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during for
-        from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within without""",
-    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear cloudy
-        colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french fresh front
-        full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male middle
-        military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple ready
-        red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various vintage
-        wet white wide wild wooden yellow young""",
-    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include jump
-        laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken talk
-        throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
+    this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
+    something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
+    still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
+    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during
+    for from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within
+    without""",
+    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear
+    cloudy colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french
+    fresh front full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male
+    middle military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple
+    ready red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various
+    vintage wet white wide wild wooden yellow young""",
+    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include
+    jump laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken
+    talk throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
 COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|(out|off|ahead) of|(in|out)side of|"
                      r"in between|(in|on) to|because of|away from)\b")
 
@@ -177,9 +176,8 @@ def parse_phrases(words):
             tags[n] = "A" if participle and after == "N" else "N"
         elif tags[n] == "V" and last in "PX" and word.endswith("ed") and after == "N":
             tags[n] = "A"
-        elif tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn":
-            tags[n] = "N"
-        elif tags[n] == "A" and after in "PX" and (article or n and last == "P"):
+        elif tags[n] == "A" and after in "PX" and (article or n and last == "P") or (
+                tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn"):
             tags[n] = "N"
 
     def preposition(j):                                  # how many words, 0 if none
@@ -240,7 +238,7 @@ def write_regions(path, items, source):
             records = np.empty(len(features), _record(features.shape[1]))
             records["features"], records["box"] = features, boxes
             data.write(records)
-            rows[name] = [len(records), zlib.crc32(records), features.shape[1], data.tell()]
+            rows[name] = [len(records), binascii.crc32(records), features.shape[1], data.tell()]
             lines.write(json.dumps([name, *rows[name]]) + "\n")
             if (now := time.monotonic()) - told > (1 if alive else 10):  # a terminal's line is written over, a log gets few
                 told, rate = now, (len(rows) - resumed) / (now - start)
@@ -269,7 +267,7 @@ class Regions:
             self.counts, width = np.array(header["counts"], np.int64), _record(self.feature_size).itemsize
             self._ends, self._bytes = self.counts.cumsum(), np.memmap(path, np.uint8, "r", shape=(end // width, width))
             for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
-                if zlib.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
+                if binascii.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
                     raise ValueError(f"image {self.names[i]} fails its checksum")
 
     def __len__(self):
@@ -378,7 +376,7 @@ class Data:
         return texts
 
 # ---- published region features ---------------------------------------------------------------------------------------
-WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
+GRID = np.array([(0, 0, 4, 4), *((x, y, x + 1, y + 1) for y in range(4) for x in range(4))]) / 4       # the whole picture and 4 x 4 cells
 TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                             # bottom-up-attention
                10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}               # LXMERT
 
@@ -412,9 +410,9 @@ def _npz_image(path, sizes):
 def _precomp(path):
     """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
     with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
-        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
-        listed = path.with_name(f"{split}_names.txt")
-        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
+        array, stem = np.load(path, mmap_mode="r", allow_pickle=False), path.removesuffix("_ims.npy")
+        listed = f"{stem}_names.txt"
+        names = _read(listed) if os.path.exists(listed) else [f"{os.path.basename(stem)}_{i:06d}" for i in range(len(array))]
         if array.ndim != 3 or len(array) != len(names):
             raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
     return array, names
@@ -433,22 +431,19 @@ def describe_crops(picture, boxes):
     edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
     return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
 
-def _grid_cells(path):
-    """No detector: the whole picture and its 4 x 4 cells."""
-    cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
-    boxes = np.concatenate([WHOLE_IMAGE, cells])
+def _grid_cells(path):                                   # where there is no detector
     with Image.open(path) as picture:
-        return dict(features=describe_crops(picture.convert("RGB"), boxes), boxes=boxes)
+        return dict(features=describe_crops(picture.convert("RGB"), GRID), boxes=GRID)
 
 def _entries(form, files, sizes):
     """-> (name, where it is, function that reads it) of every image in these files."""
     for path in files:
         if form in ("npz", "images"):
-            yield path.name, path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
+            yield os.path.basename(path), path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
         elif form == "precomp":                          # no boxes: every region gets the box of the whole image
             array, names = _precomp(path)
             for i, name in enumerate(names):
-                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=WHOLE_IMAGE.repeat(array.shape[1], 0))
+                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=GRID[:1].repeat(array.shape[1], 0))
         else:
             with open(path, "rb") as rows:
                 for number, line in enumerate(rows, 1):
@@ -499,58 +494,56 @@ it names""".replace("\n", " ")
 FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):
-    """-> (form, files), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
+    """-> (form, paths), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
     and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
     for form, endings in FORMS.items():
-        found = [Path(f) for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
+        found = [f for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
             form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", f[len(str(place)):]))]
-        found = [f for f in found if f.name != "test_ims.npy" or f.with_name("testall_ims.npy") not in found]
-        if form == "precomp" and len({f.parent for f in found}) > 1:
+        found = [f for f in found if not f.endswith("test_ims.npy") or f.replace("test_ims.npy", "testall_ims.npy") not in found]
+        if form == "precomp" and len(set(map(os.path.dirname, found))) > 1:
             raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
         if found:
             return form, found
     return None, []
 
-def read_captions(path, left_out):
-    """Karpathy's JSON -> {split: [(name, COCO id or name, (width, height) or None, first five captions)]}."""
-    splits, seen = {"train": [], "val": [], "test": []}, set()
-    form = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
-    for i, image in enumerate(_read(path, lambda text: list(json.loads(text)["images"]), form)):
+def _listed(path):
+    """Karpathy's JSON, or SCAN's *_caps.txt (five lines for each image of *_ims.npy) -> its images in Karpathy's form."""
+    if path.suffix == ".json":
+        mend = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
+        return _read(path, lambda text: list(json.loads(text)["images"]), mend)
+    texts, split = _read(path), path.name.removesuffix("_caps.txt")
+    names = _precomp(str(path.with_name(f"{split}_ims.npy")))[1]
+    if len(texts) != 5 * len(names):
+        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of {split}_ims.npy; "
+                         "five captions each are expected")
+    return [{"filename": name, "split": split, "sentences": [{"raw": text} for text in texts[5 * i:5 * i + 5]]}
+            for i, name in enumerate(names)]
+
+def read_captions(paths, left_out):
+    """-> [(split, name, COCO id or name, (width, height) or None, first five captions)] of the images in these files."""
+    images, seen = [], set()
+    for path, i, image in ((path, i, image) for path in paths for i, image in enumerate(_listed(path))):
         with _blame(f"{path} image {i} ({str(image)[:60]})", left_out):
             name = str(image["filename"] if "filename" in image else image["cocoid"])
             for part in (name, str(image.get("filepath", ""))):
                 if re.match(r"[/\\]|\w:", part) or ".." in re.split(r"[/\\]", part):
                     raise ValueError(f"filename or filepath {part!r} leaves the root; give a name below it")
-            texts = [" ".join((s.get("raw") or " ".join(s["tokens"])).split()) for s in image["sentences"][:5]]
-            split = {"restval": "train", "dev": "val"}.get(image["split"], image["split"])
+            texts = [" ".join((s.get("raw") or " ".join(s.get("tokens", ()))).split()) for s in image["sentences"][:5]]
+            split = {"restval": "train", "dev": "val", "testall": "test"}.get(image["split"], image["split"])
             if not texts or not all(texts):
                 raise ValueError("sentences: no caption, or an empty one")
-            if split not in splits or image_key(name) in seen:
-                raise ValueError(f"filename {name} occurs twice" if split in splits else f"split {split!r} is none")
+            if split not in ("train", "val", "test") or image_key(name) in seen:
+                raise ValueError(f"filename {name} occurs twice" if image_key(name) in seen else f"split {split!r} is none")
             seen.add(image_key(name))
             size = (image["width"], image["height"]) if "width" in image and "height" in image else None
-            splits[split].append((name, image.get("cocoid", name), size, texts))
-    return splits
-
-def read_precomp_captions(paths):
-    """SCAN's *_caps.txt, five lines an image in the order of *_ims.npy -> the same form as read_captions."""
-    splits = {"train": [], "val": [], "test": []}
-    for path in paths:
-        names, caps = _precomp(path)[1], path.with_name(path.name.replace("_ims.npy", "_caps.txt"))
-        texts, split = [" ".join(text.split()) for text in _read(caps)], path.name.split("_")[0]
-        if len(texts) != 5 * len(names) or not all(texts):
-            raise InputError(f"{caps}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of {path.name}; "
-                             "five captions each are expected")
-        splits[{"dev": "val", "testall": "test"}.get(split, split)] = [
-            (name, name, None, texts[5 * i:5 * i + 5]) for i, name in enumerate(names)]
-    return splits
+            images.append((split, name, image.get("cocoid", name), size, texts))
+    return images
 
 def _stamp(files):
-    """What changes when one of these files does."""
-    stats = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
-    return {"files": len(files), "bytes": sum(size for _, size, _ in stats), "first": str(files[0]),
-            "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
+    """Changes when the name, size or time of one of these files does."""
+    stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+    return f"{binascii.crc32(json.dumps(stats).encode()):08x}"
 
 def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
               min_count=3, max_text=64):
@@ -567,21 +560,18 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
         patterns = (f"dataset_{name}.json", f"dataset_{name}*.json", "dataset_*.json")
         captions = next((path for pattern in patterns for path in sorted(root.glob(pattern))), root / patterns[0])
     form, files = find_features(features or root, bool(features))
-    named = all(Path(str(f).replace("_ims.npy", "_names.txt")).exists() for f in files)
-    scan = form == "precomp" and not (captions.is_file() and named)              # SCAN's own captions go with its arrays
+    named = [f for f in (f.replace("_ims.npy", "_names.txt") for f in files if form == "precomp") if os.path.exists(f)]
+    scan = form == "precomp" and not (captions.is_file() and len(named) == len(files))       # SCAN's own captions go with its arrays
     if not files or not (scan or captions.is_file()):
         lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
         raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
-    place, captions = files[0].parent, files[0].parent if scan else captions
-
-    @functools.cache
-    def listed():                                        # read only when something is to be made anew
-        return read_precomp_captions(files) if scan else read_captions(captions, left_out)
-
-    source, target = {"form": form, **_stamp(files)}, store / "regions.bin"
+    place = Path(files[0]).parent
+    captions, texts = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
+    listed = functools.cache(lambda: read_captions(texts, left_out))                         # only if something is to be made anew
+    source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
     regions = Regions(target) if target.exists() else None
     if regions is None or regions.source != source:
-        sizes = {image_key(n): size for images in listed().values() for n, _, size, _ in images if size}
+        sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
         regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
@@ -589,16 +579,14 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
                          "name the features that it was trained on with --features")
 
     def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
-        found = {}
-        for split, images in listed().items():
-            for image, cocoid, _, texts in images:
-                with _blame(f"{captions} image {image} ({split})", left_out):
-                    if (row := regions.row(image, cocoid)) is None:
-                        raise ValueError(f"captions without features: no such image in {place}")
-                    found.setdefault(split, []).append((image, row, texts))
-        return [{split: list(zip(*images)) for split, images in found.items()}, left_out]
-
-    key = [source, _stamp([*captions.glob("*.txt")] or files if scan else [captions]), skip_bad]
+        found = {"train": [], "val": [], "test": []}
+        for split, image, cocoid, _, five in listed():
+            with _blame(f"{captions} image {image} ({split})", left_out):
+                if (row := regions.row(image, cocoid)) is None:
+                    raise ValueError(f"captions without features: no such image in {place}")
+                found[split].append((image, row, five))
+        return [{split: list(zip(*images)) for split, images in found.items() if images}, left_out]
+    key = [source, _stamp(filter(os.path.exists, texts)), skip_bad]
     matched, left_out = _remember(store / "captions.json", key, match)
     table, splits = read_phrases(phrases) if phrases else {}, {}
     for split, (names, rows, texts) in matched.items():
@@ -658,9 +646,9 @@ def relations(objects):
             yield from (("left", i, j), ("right", j, i))
         if dy > 0.1 and abs(dx) < 2 * dy:
             yield from (("above", i, j), ("below", j, i))
-        if holder(a, b) or holder(b, a):
-            yield from [("inside", i, j)] if holder(a, b) else []
-        elif max(abs(dx), abs(dy)) < a.radius + b.radius:
+        if holder(a, b):
+            yield "inside", i, j
+        elif not holder(b, a) and max(abs(dx), abs(dy)) < a.radius + b.radius:
             yield "touching", i, j
         yield from ((same, i, j) for same in ATTRIBUTES if getattr(a, same) == getattr(b, same))
     for (i, a), (j, b), (k, c) in itertools.permutations(enumerate(objects), 3):
@@ -883,27 +871,26 @@ def identification_ceiling(scenes, captions, image_of_caption):
 
 def load_scenes(seed, sizes, store):
     """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test."""
-    sizes, target, texts = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", Path(store) / "scenes.json"
-    names = {split: [f"scene_{split}_{i:04d}" for i in range(size)] for split, size in sizes.items()}
-    source, splits = {"world": 1, "seed": seed, "sizes": sizes}, {}
+    sizes, target, splits = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", {}
+    source, intact = {"world": 1, "seed": seed, "sizes": sizes}, False
 
     def make():
         made = {split: [] for split in sizes}
 
         def items():
             for split, size in sizes.items():
-                for name, (scene, captions, features, boxes) in zip(names[split], make_scenes(seed, split, size)):
+                for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, size)):
                     made[split].append([scene.objects, scene.background, scene.light, captions])
-                    yield name, features, boxes
+                    yield f"scene_{split}_{i:04d}", features, boxes
         write_regions(target, items(), source)
         return made
-    intact = False
     with contextlib.suppress(InputError):                # no store yet, or a harmed one
         intact = Regions(target).source == source
-    made, regions = _remember(texts, source, make, again=not intact), Regions(target)
-    for split, own in names.items():
-        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in made[split]]
-        captions = [(words, phrases) for *_, five in made[split] for words, phrases in five]
-        splits[split] = Split(own, np.array([regions.row(name) for name in own], np.int64), [" ".join(words) for words, _ in captions],
-                              torch.arange(len(own)).repeat_interleave(5), captions, scenes)
+    made, regions = _remember(target.with_name("scenes.json"), source, make, again=not intact), Regions(target)
+    for split, content in made.items():
+        rows = np.array([row for row, name in enumerate(regions.names) if f"_{split}_" in name], np.int64)
+        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in content]
+        captions = [(words, phrases) for *_, five in content for words, phrases in five]
+        splits[split] = Split([regions.names[row] for row in rows], rows, [" ".join(words) for words, _ in captions],
+                              torch.arange(len(content)).repeat_interleave(5), captions, scenes)
     return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), regions, splits)

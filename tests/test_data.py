@@ -29,7 +29,7 @@ def test_wordpiece_agrees_with_the_reference(kind):
     for line in lines:
         assert tokenizer.encode(line["text"]) == line["ids"], line["text"]
         assert [i for word in split_words(line["text"]) for i in tokenizer.pieces(word)] == line["ids"]
-    assert tokenizer.tokens[tokenizer.first_word] == "!"
+    assert tokenizer.tokens[tokenizer.word_range[0]] == "!" and tokenizer.word_range[1] == len(tokenizer.tokens)
     assert [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id] == [
         0, 100, 101, 102, 103]
 
