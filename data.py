@@ -116,8 +116,7 @@ class WordPiece:
 
     def decode(self, ids):
         """Ids -> readable text: pieces joined, [PAD] [CLS] [SEP] dropped."""
-        silent = (self.pad_id, self.cls_id, self.sep_id)
-        return " ".join(self.tokens[i] for i in map(int, ids) if i not in silent).replace(" ##", "")
+        return " ".join(self.tokens[i] for i in map(int, ids) if i not in (self.pad_id, self.cls_id, self.sep_id)).replace(" ##", "")
 
 def build_vocabulary(captions, min_count):
     """The special tokens, then every word seen min_count times, frequent first, ties by alphabet (lower case)."""
@@ -218,10 +217,9 @@ def _record(feature_size):
 
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
-    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by
-    name). source: JSON-able description of where the features came from. The file takes its name only when complete; a killed
-    conversion goes on behind the last image in its log. After the records come a JSON header (source; of each image its name,
-    region count, CRC-32, feature size and end), the header's length and a magic word. Raises InputError if there are no images."""
+    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by name).
+    source: JSON-able, where the features came from. The file takes its name only when complete; a killed conversion goes on behind the
+    last image in its log. After the records come a JSON header, its length and a magic word. Raises InputError if there are no images."""
     part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}      # rows: name -> [count, CRC-32, size, end]
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
@@ -232,9 +230,7 @@ def write_regions(path, items, source):
     with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
         lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
-        for name, features, boxes in items(rows) if callable(items) else items:
-            if name in rows:
-                continue
+        for name, features, boxes in filter(lambda item: item[0] not in rows, items(rows) if callable(items) else items):
             records = np.empty(len(features), _record(features.shape[1]))
             records["features"], records["box"] = features, boxes
             data.write(records)
@@ -246,8 +242,8 @@ def write_regions(path, items, source):
                 print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
         if not rows:
             raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
-        header = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))
-        header = json.dumps(header).encode()
+        columns = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())))
+        header = json.dumps({**columns, "source": source, "names": list(rows)}).encode()
         data.write(header + len(header).to_bytes(8, "little") + MAGIC)
         data.flush(), os.fsync(data.fileno())
     os.replace(part, path)
@@ -258,20 +254,16 @@ class Regions:
     """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images.
     names: list of str. counts: (I,) regions of each image. Raises InputError if the file is missing or harmed."""
     def __init__(self, path):
-        with _blame(path, mend="delete it, and it is made again from its source"), open(path, "rb") as file:
-            file.seek(-24, os.SEEK_END)
-            length, magic = int.from_bytes(file.read(8), "little"), file.read()
-            file.seek(-24 - length, os.SEEK_END)
-            end, header = file.tell(), json.loads(file.read(length) if magic == MAGIC else "no store")
+        with _blame(path, mend="delete it, and it is made again from its source"):
+            file = np.memmap(path, np.uint8, "r")
+            end = len(file) - 24 - int.from_bytes(file[-24:-16].tobytes(), "little")
+            header = json.loads(file[end:-24].tobytes() if file[-16:].tobytes() == MAGIC else "no store")
             self.source, self.names, self.feature_size = header["source"], header["names"], header["sizes"][0]
             self.counts, width = np.array(header["counts"], np.int64), _record(self.feature_size).itemsize
-            self._ends, self._bytes = self.counts.cumsum(), np.memmap(path, np.uint8, "r", shape=(end // width, width))
+            self._ends, self._bytes = self.counts.cumsum(), file[:end].reshape(-1, width)
             for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
                 if binascii.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
                     raise ValueError(f"image {self.names[i]} fails its checksum")
-
-    def __len__(self):
-        return len(self.names)
 
     @functools.cached_property
     def _rows(self):
@@ -329,14 +321,13 @@ class Data:
     def _batch(self, split_name, captions, encode, padding):
         """encode(split, c) is a number a token; of captions (B,) -> (B,T) int64 array, padded; kept for the next time."""
         split, captions = self.splits[split_name], np.asarray(captions)
-        if (split_name, encode) not in self._cache:      # untouched pages of these arrays take no memory
-            shape = len(split.captions), self.max_text
-            self._cache[split_name, encode] = np.zeros(shape, np.int64), np.zeros(shape[0], np.int64)
-        table, lengths = self._cache[split_name, encode]
-        for c in captions[lengths[captions] == 0].tolist():
+        if (split_name, encode) not in self._cache:      # untouched pages take no memory; the last column is the length
+            self._cache[split_name, encode] = np.zeros((len(split.captions), self.max_text + 1), np.int64)
+        table = self._cache[split_name, encode]
+        for c in captions[table[captions, -1] == 0].tolist():
             row = encode(split, c)
-            table[c, :len(row)], table[c, len(row):], lengths[c] = row, padding, len(row)
-        return table[captions, :lengths[captions].max(initial=2)]
+            table[c, :len(row)], table[c, len(row):-1], table[c, -1] = row, padding, len(row)
+        return table[captions, :table[captions, -1].max(initial=2)]
 
     def _ids(self, split, c):
         return [self.tokenizer.cls_id, *self.tokenizer.encode(split.captions[c])[:self.max_text - 2], self.tokenizer.sep_id]
@@ -358,8 +349,7 @@ class Data:
     def phrases(self, split_name, captions):
         """captions (B,) -> (B,P,T) bool, aligned with text(): True = the token belongs to the phrase."""
         bits = self._batch(split_name, captions, self._phrase_bits, 0)[:, None]                  # (B,1,T)
-        numbers = np.arange(int(bits.max(initial=1)).bit_length())[:, None]                      # (P,1)
-        return torch.from_numpy(bits >> numbers & 1 > 0)
+        return torch.from_numpy(bits >> np.arange(int(bits.max(initial=1)).bit_length())[:, None] & 1 > 0)
 
     def image(self, split_name, images):
         """images (B,) -> features (B,R,F), boxes (B,R,7), region_mask (B,R)."""
@@ -431,15 +421,13 @@ def describe_crops(picture, boxes):
     edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
     return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
 
-def _grid_cells(path):                                   # where there is no detector
-    with Image.open(path) as picture:
-        return dict(features=describe_crops(picture.convert("RGB"), GRID), boxes=GRID)
-
 def _entries(form, files, sizes):
     """-> (name, where it is, function that reads it) of every image in these files."""
     for path in files:
-        if form in ("npz", "images"):
-            yield os.path.basename(path), path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
+        if form == "npz":
+            yield os.path.basename(path), path, lambda: _npz_image(path, sizes)
+        elif form == "images":                           # no detector
+            yield os.path.basename(path), path, lambda: dict(features=describe_crops(Image.open(path).convert("RGB"), GRID), boxes=GRID)
         elif form == "precomp":                          # no boxes: every region gets the box of the whole image
             array, names = _precomp(path)
             for i, name in enumerate(names):
@@ -482,15 +470,13 @@ def _checked(entries, done, left_out):
                 if not widths <= {features.shape[1]}:
                     raise ValueError(f"features are {features.shape[1]} wide, unlike those before ({widths})")
                 seen.add(key), widths.add(features.shape[1])
-            if key in seen:
                 yield name, features, boxes
 
 # ---- a data set on disk ----------------------------------------------------------------------------------------------
 NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
 (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
 coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt, dev_..., test_...; needs no JSON), images/
-(COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that would do: the JSON and images/ with the pictures that
-it names""".replace("\n", " ")
+(COCO's train2014.zip, val2014.zip, flickr30k-images). The smallest that does: the JSON and images/ with its pictures""".replace("\n", " ")
 FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):
@@ -515,10 +501,9 @@ def _listed(path):
     texts, split = _read(path), path.name.removesuffix("_caps.txt")
     names = _precomp(str(path.with_name(f"{split}_ims.npy")))[1]
     if len(texts) != 5 * len(names):
-        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images of {split}_ims.npy; "
-                         "five captions each are expected")
-    return [{"filename": name, "split": split, "sentences": [{"raw": text} for text in texts[5 * i:5 * i + 5]]}
-            for i, name in enumerate(names)]
+        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five captions each are expected")
+    raw = [{"raw": text} for text in texts]
+    return [{"filename": name, "split": split, "sentences": raw[5 * i:5 * i + 5]} for i, name in enumerate(names)]
 
 def read_captions(paths, left_out):
     """-> [(split, name, COCO id or name, (width, height) or None, first five captions)] of the images in these files."""
@@ -550,8 +535,7 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
     """Whatever form of a data set lies under root -> Data. Raises InputError.
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
     features: file or folder of the region features, if not below root. phrases: JSON file instead of parse_phrases.
-    tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words seen
-    min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
+    tokens, feature_size: of a checkpoint. Without tokens: vocab.txt below root, else words seen min_count times in training captions.
     store: folder for what is made from the sources, used again while their names, sizes and times are the same.
     skip_bad: leave out what cannot be used, and count it in Data.notes."""
     captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
@@ -569,14 +553,12 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
     captions, texts = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
     listed = functools.cache(lambda: read_captions(texts, left_out))                         # only if something is to be made anew
     source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
-    regions = Regions(target) if target.exists() else None
-    if regions is None or regions.source != source:
+    if not target.exists() or Regions(target).source != source:
         sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
-        regions = Regions(target)
+    regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
-        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; "
-                         "name the features that it was trained on with --features")
+        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; give its --features")
 
     def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
         found = {"train": [], "val": [], "test": []}
@@ -598,13 +580,11 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
     if tokens is None and (root / "vocab.txt").exists():
         tokens = _read(root / "vocab.txt")
     elif tokens is None and "train" not in splits:
-        raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under {root}, "
-                         "or evaluate a checkpoint, which has its own")
+        raise InputError(f"{captions}: no training captions to make a vocabulary; put BERT's vocab.txt under {root}, or evaluate a checkpoint")
     tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
-    if phrases:
-        known = [text in table for split in splits.values() for text in split.captions]
-        notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"]
+    known = [own is not None for split in splits.values() for own in split.phrases or ()]
+    notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"] if phrases else []
     notes += [f"left out {len(left_out):,}, the first: {left_out[0]}"] if left_out else []
     capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
     return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
@@ -622,10 +602,7 @@ COUNTS = {"a": 1, "the": 1, "two": 2, "three": 3, "four": 4}
 # One bit a value: an object fits a noun phrase if it has all its bits, so contradictory adjectives fit nothing.
 BITS = {value: 1 << i for i, value in enumerate(itertools.chain(*ATTRIBUTES.values()))}
 BITS |= {plural: BITS.get(shape, 0) for shape, plural in PLURALS.items()}
-CANVAS = 112                                             # pixels of a picture's side
-
-# An object. Its centre and radius (half the width of its box) are shares of the picture.
-Thing = namedtuple("Thing", "shape colour size pattern x y radius")
+Thing = namedtuple("Thing", "shape colour size pattern x y radius")      # centre and radius (half a box) are shares of the picture
 
 @dataclass(eq=False)
 class Scene:
@@ -664,8 +641,7 @@ def holder(a, b):
 def clear(objects):
     """True if every two are apart, well overlapping or one in the other, and all in the picture: no case of doubt."""
     for a, b in itertools.combinations(objects, 2):
-        near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
-        reach = a.radius + b.radius
+        (near, far), reach = sorted((abs(a.x - b.x), abs(a.y - b.y))), a.radius + b.radius
         overlap = 0.6 * reach < far < 0.85 * reach and near < 0.5 * min(a.radius, b.radius)
         if far < 1.2 * reach and (a.colour == b.colour or not (overlap or holder(a, b) or holder(b, a))):
             return False
@@ -707,15 +683,14 @@ def near_twin(rng, scene, pair):
 def inside_shape(shape, x, y):
     """Which of the points x, y in [-1, 1] (y down) the shape covers."""
     square, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
-    if shape == "star":                                  # folded onto one half of one of its five points
-        turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)
-        return 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28
+    turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)        # folds a star onto half of one of its points
     return {"heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "square": lambda: square < 0.93,
+            "star": lambda: 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28, "circle": lambda: r < 1,
             "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "ring": lambda: (r < 1) & (r > 0.62),
-            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "circle": lambda: r < 1,
+            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1,
             "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34, "frame": lambda: square > 0.66}[shape]()
 
-def draw(scene, size=CANVAS):
+def draw(scene, size=112):
     """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
     full = 3 * size
     column = np.linspace(-9, 9, full)[:, None] * scene.light + BACKGROUNDS[scene.background]
@@ -751,8 +726,7 @@ PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; le
 CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
 
 def parse(caption):
-    """What a sentence says: nouns [(count, bits)], facts [(relation, two or three of the nouns)], background or None.
-    Returns None if it does not parse. Adjectives may come in any order and number."""
+    """Sentence -> nouns [(count, bits)], facts [(relation, two or three nouns)], background or None. Returns None if it does not parse."""
     pieces = list(PIECES.finditer(caption))
     if "".join(piece.group() for piece in pieces) != caption or caption.endswith(" "):
         return None
@@ -774,8 +748,7 @@ def parse(caption):
     return None
 
 def holds(meaning, scene):
-    """Whether a parsed sentence is true: different objects fit its nouns, and all its facts hold between them. "two red circles"
-    are exactly two, and what is said of them is said of each."""
+    """Whether different objects fit a parsed sentence's nouns and all its facts hold. Two red circles: exactly two, with facts of each."""
     (nouns, facts, background), choices = meaning, []
     for count, bits in nouns:
         fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
@@ -798,9 +771,8 @@ SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}",
              "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
              "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
 
-def draft_caption(rng, scene, pair, detail=0.78):
-    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may ask for what
-    the scene has not. detail: how likely an attribute is mentioned."""
+def draft_caption(rng, scene, pair):
+    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as its form may not suit the scene."""
     things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
     c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
     if "between" in form:
@@ -816,11 +788,9 @@ def draft_caption(rng, scene, pair, detail=0.78):
         return rng.choice((f"*{name}_of", f"to the *{name} of")) if name in ("left", "right") else f"*{name}"
 
     def noun(*numbers, omit=None):
-        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES
-                  if len({getattr(things[i], name) for i in numbers}) == 1}
+        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES if len({getattr(things[i], name) for i in numbers}) == 1}
         shape, one = shared.pop("shape", "shape"), len(numbers) == 1
-        words = [value for name, value in shared.items()
-                 if name != omit and rng.random() < detail * (0.6 if value == "plain" else 1.1)]
+        words = [value for name, value in shared.items() if name != omit and rng.random() < 0.78 * (0.6 if value == "plain" else 1.1)]
         return " *".join(["a" if one else f"*{list(COUNTS)[len(numbers)]}", *words, shape if one else PLURALS[shape]])
 
     say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
@@ -839,8 +809,8 @@ def five_captions(rng, scene, pairs, twins):
     captions = {}
     for _ in range(300):
         words, phrases = draft_caption(rng, scene, rng.choice(pairs))
-        meaning = parse(" ".join(words))
-        if 6 <= len(words) <= 16 and meaning and holds(meaning, scene) and not any(holds(meaning, t) for t in twins):
+        meaning = parse(" ".join(words)) if 6 <= len(words) <= 16 else None
+        if meaning and holds(meaning, scene) and not any(holds(meaning, twin) for twin in twins):
             captions[tuple(words)] = words, phrases
         if len(captions) == 5:
             return list(captions.values())
@@ -872,21 +842,17 @@ def identification_ceiling(scenes, captions, image_of_caption):
 def load_scenes(seed, sizes, store):
     """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test."""
     sizes, target, splits = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", {}
-    source, intact = {"world": 1, "seed": seed, "sizes": sizes}, False
+    source, made, intact = {"world": 1, "seed": seed, "sizes": sizes}, {split: [] for split in sizes}, False
 
-    def make():
-        made = {split: [] for split in sizes}
-
-        def items():
-            for split, size in sizes.items():
-                for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, size)):
-                    made[split].append([scene.objects, scene.background, scene.light, captions])
-                    yield f"scene_{split}_{i:04d}", features, boxes
-        write_regions(target, items(), source)
-        return made
+    def items():
+        for split, size in sizes.items():
+            for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, size)):
+                made[split].append([scene.objects, scene.background, scene.light, captions])
+                yield f"scene_{split}_{i:04d}", features, boxes
     with contextlib.suppress(InputError):                # no store yet, or a harmed one
         intact = Regions(target).source == source
-    made, regions = _remember(target.with_name("scenes.json"), source, make, again=not intact), Regions(target)
+    made = _remember(target.with_name("scenes.json"), source, lambda: write_regions(target, items(), source) or made, again=not intact)
+    regions = Regions(target)
     for split, content in made.items():
         rows = np.array([row for row, name in enumerate(regions.names) if f"_{split}_" in name], np.int64)
         scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in content]

@@ -122,7 +122,7 @@ def test_store_round_trip_ragged(tmp_path):
     items = list(made(7))
     write_regions(tmp_path / "r.bin", iter(items), {"from": "test"})
     regions = Regions(tmp_path / "r.bin")
-    assert len(regions) == 7 and regions.feature_size == 6 and regions.source == {"from": "test"}
+    assert len(regions.names) == 7 and regions.feature_size == 6 and regions.source == {"from": "test"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.bin"]
     rows = np.array([5, 0, 0, 3])
     features, boxes, mask = regions.gather(rows)
@@ -430,7 +430,7 @@ def test_faulty_tsv_rows(tmp_path, row, message):
         load_data("coco", tmp_path / "r", store=tmp_path)
     assert "\n" not in str(caught.value)
     data = load_data("coco", tmp_path / "r", store=tmp_path, skip_bad=True)
-    assert len(data.regions) == 2 and data.splits["test"].images == ["3.jpg"]
+    assert len(data.regions.names) == 2 and data.splits["test"].images == ["3.jpg"]
     assert torch.allclose(data.image("test", [0])[1][0, 1, :4], torch.tensor([.125, .25, 1., 1.]))
 
 
@@ -494,7 +494,7 @@ def test_pictures_become_grid_cells_and_bad_ones_are_named(tmp_path):
     karpathy(tmp_path / "r/dataset_coco.json", IMAGES)
     data = load_data("coco", tmp_path / "r", store=tmp_path)
     features, boxes, mask = data.image("train", [0, 1])
-    assert len(data.regions) == 3 and mask.all() and features.shape == (2, 17, data.feature_size)
+    assert len(data.regions.names) == 3 and mask.all() and features.shape == (2, 17, data.feature_size)
     assert boxes[0, 0, :4].tolist() == [0, 0, 1, 1] and torch.allclose(boxes[0, 1:, 6].sum(), torch.tensor(1.))
     assert (features[0] - features[1]).abs().max() > 0.5
     (tmp_path / "r/images/2.jpg").write_bytes(b"no picture")
