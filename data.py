@@ -242,8 +242,7 @@ def write_regions(path, items, source):
                 print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
         if not rows:
             raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
-        columns = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())))
-        header = json.dumps({**columns, "source": source, "names": list(rows)}).encode()
+        header = json.dumps(dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))).encode()
         data.write(header + len(header).to_bytes(8, "little") + MAGIC)
         data.flush(), os.fsync(data.fileno())
     os.replace(part, path)
@@ -264,14 +263,6 @@ class Regions:
             for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
                 if binascii.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
                     raise ValueError(f"image {self.names[i]} fails its checksum")
-
-    @functools.cached_property
-    def _rows(self):
-        return {image_key(name): i for i, name in enumerate(self.names)}
-
-    def row(self, *names):
-        """Row of the image that goes by one of these names (file name or COCO id in any convention), else None."""
-        return next((self._rows[key] for key in map(image_key, names) if key in self._rows), None)
 
     def gather(self, rows):
         """rows (B,) -> features (B,R,F), boxes (B,R,7) x1 y1 x2 y2 w h area, mask (B,R); R = most in this batch."""
@@ -400,9 +391,9 @@ def _npz_image(path, sizes):
 def _precomp(path):
     """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
     with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
-        array, stem = np.load(path, mmap_mode="r", allow_pickle=False), path.removesuffix("_ims.npy")
-        listed = f"{stem}_names.txt"
-        names = _read(listed) if os.path.exists(listed) else [f"{os.path.basename(stem)}_{i:06d}" for i in range(len(array))]
+        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
+        listed = path.with_name(f"{split}_names.txt")
+        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
         if array.ndim != 3 or len(array) != len(names):
             raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
     return array, names
@@ -429,7 +420,7 @@ def _entries(form, files, sizes):
         elif form == "images":                           # no detector
             yield os.path.basename(path), path, lambda: dict(features=describe_crops(Image.open(path).convert("RGB"), GRID), boxes=GRID)
         elif form == "precomp":                          # no boxes: every region gets the box of the whole image
-            array, names = _precomp(path)
+            array, names = _precomp(Path(path))
             for i, name in enumerate(names):
                 yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=GRID[:1].repeat(array.shape[1], 0))
         else:
@@ -452,9 +443,8 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
             raise ValueError(f"{name} is not finite in float16")
     boxes = np.asarray(boxes, np.float32) / (1 if size is None else np.array([*size, *size], np.float32))
     wrong = (boxes < -0.01).any(1) | (boxes > 1.01).any(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if wrong.any():                                      # up to 1% outside is rounding, and is clipped
-        raise ValueError(f"box {wrong.argmax()} is outside its image or inside out: x1 y1 x2 y2 = "
-                         f"{np.round(boxes[wrong.argmax()], 3).tolist()} of width and height")
+    if wrong[n := wrong.argmax()]:                       # up to 1% outside is rounding, and is clipped
+        raise ValueError(f"box {n} is outside its image or inside out: x1 y1 x2 y2 = {np.round(boxes[n], 3).tolist()} of width and height")
     if conf is not None:
         best = np.sort(np.argsort(-conf, kind="stable")[:min(max(int((conf > 0.2).sum()), 10), 100)])
         features, boxes = features[best], boxes[best]
@@ -499,9 +489,9 @@ def _listed(path):
         mend = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
         return _read(path, lambda text: list(json.loads(text)["images"]), mend)
     texts, split = _read(path), path.name.removesuffix("_caps.txt")
-    names = _precomp(str(path.with_name(f"{split}_ims.npy")))[1]
+    names = _precomp(path.with_name(f"{split}_ims.npy"))[1]
     if len(texts) != 5 * len(names):
-        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five captions each are expected")
+        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five each are expected")
     raw = [{"raw": text} for text in texts]
     return [{"filename": name, "split": split, "sentences": raw[5 * i:5 * i + 5]} for i, name in enumerate(names)]
 
@@ -550,8 +540,8 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
         lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
         raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
     place = Path(files[0]).parent
-    captions, texts = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
-    listed = functools.cache(lambda: read_captions(texts, left_out))                         # only if something is to be made anew
+    captions, listings = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
+    listed = functools.cache(lambda: read_captions(listings, left_out))                      # only if something is to be made anew
     source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
     if not target.exists() or Regions(target).source != source:
         sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
@@ -561,14 +551,14 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
         raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; give its --features")
 
     def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
-        found = {"train": [], "val": [], "test": []}
+        found, known = {"train": [], "val": [], "test": []}, {image_key(name): row for row, name in enumerate(regions.names)}
         for split, image, cocoid, _, five in listed():
             with _blame(f"{captions} image {image} ({split})", left_out):
-                if (row := regions.row(image, cocoid)) is None:
+                if (row := known.get(image_key(image), known.get(image_key(cocoid)))) is None:
                     raise ValueError(f"captions without features: no such image in {place}")
                 found[split].append((image, row, five))
         return [{split: list(zip(*images)) for split, images in found.items() if images}, left_out]
-    key = [source, _stamp(filter(os.path.exists, texts)), skip_bad]
+    key = [source, _stamp(filter(os.path.exists, listings)), skip_bad]
     matched, left_out = _remember(store / "captions.json", key, match)
     table, splits = read_phrases(phrases) if phrases else {}, {}
     for split, (names, rows, texts) in matched.items():
@@ -580,7 +570,7 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
     if tokens is None and (root / "vocab.txt").exists():
         tokens = _read(root / "vocab.txt")
     elif tokens is None and "train" not in splits:
-        raise InputError(f"{captions}: no training captions to make a vocabulary; put BERT's vocab.txt under {root}, or evaluate a checkpoint")
+        raise InputError(f"{captions}: no training captions to find words in; put BERT's vocab.txt under {root}, or give a checkpoint")
     tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
     known = [own is not None for split in splits.values() for own in split.phrases or ()]
@@ -634,8 +624,7 @@ def relations(objects):
         if length > 0.3 and 0.25 < (ux * vx + uy * vy) / length ** 2 < 0.75 and abs(ux * vy - uy * vx) < 0.12 * length:
             yield "between", i, j, k                     # a lies near the middle half of the line from b to c
 
-def holder(a, b):
-    """True if a lies in the hole of b."""
+def holder(a, b):                                        # True if a lies in the hole of b
     return b.shape in HOLLOW and max(abs(a.x - b.x), abs(a.y - b.y)) + a.radius < 0.72 * b.radius
 
 def clear(objects):
@@ -682,13 +671,12 @@ def near_twin(rng, scene, pair):
 
 def inside_shape(shape, x, y):
     """Which of the points x, y in [-1, 1] (y down) the shape covers."""
-    square, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
+    side, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
     turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)        # folds a star onto half of one of its points
-    return {"heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "square": lambda: square < 0.93,
-            "star": lambda: 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28, "circle": lambda: r < 1,
-            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "ring": lambda: (r < 1) & (r > 0.62),
-            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1,
-            "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34, "frame": lambda: square > 0.66}[shape]()
+    return {"star": lambda: 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28, "ring": lambda: (r < 1) & (r > 0.62),
+            "heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34,
+            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "frame": lambda: side > 0.66,
+            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "square": lambda: side < 0.93, "circle": lambda: r < 1}[shape]()
 
 def draw(scene, size=112):
     """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
@@ -748,7 +736,7 @@ def parse(caption):
     return None
 
 def holds(meaning, scene):
-    """Whether different objects fit a parsed sentence's nouns and all its facts hold. Two red circles: exactly two, with facts of each."""
+    """Whether different objects fit a parsed sentence's nouns and all its facts hold. Two red circles: exactly two, and facts of each."""
     (nouns, facts, background), choices = meaning, []
     for count, bits in nouns:
         fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
@@ -772,7 +760,7 @@ SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}",
              "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
 
 def draft_caption(rng, scene, pair):
-    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as its form may not suit the scene."""
+    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true: its form may not suit the scene."""
     things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
     c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
     if "between" in form:
@@ -792,7 +780,6 @@ def draft_caption(rng, scene, pair):
         shape, one = shared.pop("shape", "shape"), len(numbers) == 1
         words = [value for name, value in shared.items() if name != omit and rng.random() < 0.78 * (0.6 if value == "plain" else 1.1)]
         return " *".join(["a" if one else f"*{list(COUNTS)[len(numbers)]}", *words, shape if one else PLURALS[shape]])
-
     say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
            "n": lambda: noun(*alike) if 1 < len(alike) < 5 else "?", "each": lambda: relation(alike, [b]),
            "r": lambda: relation([a], [b]), "s": lambda: relation([a], [c]), "both": lambda: relation([a], [b, c]),

@@ -273,9 +273,9 @@ def test_both_tsv_layouts_hold_the_same_regions(tmp_path):
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
     original, lxmert = (load_data("coco", REAL / "butd", REAL / "butd" / f, tokens=tokens, store=tmp_path / f)
                         for f in ("train2014_36.original_layout.tsv", "train2014_obj36.sample.tsv"))
-    for name in lxmert.regions.names:
-        a = original.regions.gather(np.array([original.regions.row(name)]))
-        b = lxmert.regions.gather(np.array([lxmert.regions.row(name)]))
+    rows = {image_key(name): row for row, name in enumerate(original.regions.names)}
+    for row, name in enumerate(lxmert.regions.names):
+        a, b = original.regions.gather(np.array([rows[image_key(name)]])), lxmert.regions.gather(np.array([row]))
         assert a[0].shape[1] == 36 and 10 <= b[0].shape[1] <= 36                # LXMERT's rows have scores
         for k in range(b[0].shape[1]):
             assert ((a[0][0] == b[0][0, k]).all(1) & (a[1][0] == b[1][0, k]).all(1)).any()
