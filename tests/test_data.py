@@ -455,6 +455,27 @@ def test_faulty_precomp(tmp_path, harm, message):
     assert "\n" not in str(caught.value)
 
 
+def test_precomp_beside_karpathy_takes_names_and_testall(tmp_path):
+    (tmp_path / "r").mkdir()
+    for k, split in enumerate(("train", "test", "testall")):
+        np.save(tmp_path / f"r/{split}_ims.npy", np.full((1, 2, 4), k, np.float32))
+        (tmp_path / f"r/{split}_caps.txt").write_text(f"{split}\n" * 5)
+    data = load_data("coco", tmp_path / "r", store=tmp_path)
+    assert data.splits["test"].captions == ["testall"] * 5 and data.image("test", [0])[0].unique().tolist() == [2]
+    karpathy(tmp_path / "r/dataset_coco.json", [IMAGES[0], IMAGES[2]])          # of no use until the rows have names
+    assert load_data("coco", tmp_path / "r", store=tmp_path).splits["test"].captions == ["testall"] * 5
+    for names in ("13", "31"):
+        for split, name in zip(("train", "testall"), names):
+            (tmp_path / f"r/{split}_names.txt").write_text(f"COCO_train2014_00000000000{name}.jpg\n")
+        data = load_data("coco", tmp_path / "r", store=tmp_path, min_count=1)
+        assert data.splits["train"].images == ["1.jpg"] and data.splits["test"].captions == ["a zebra"] * 5
+        assert data.image("test", [0])[0].unique().tolist() == [2 if names == "13" else 0]
+    (tmp_path / "r/dataset_coco.json").unlink()
+    (tmp_path / "r/testall_caps.txt").unlink()
+    with pytest.raises(InputError, match="testall_caps.txt"):
+        load_data("coco", tmp_path / "r", store=tmp_path)
+
+
 def test_nothing_there_says_what_would_do(tmp_path):
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError) as caught:
