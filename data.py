@@ -1,10 +1,10 @@
 """The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
 
     words and word pieces        split_words, WordPiece, build_vocabulary
-    phrases of a caption         parse_phrases
+    phrases of a caption         parse_phrases, read_phrases
     the region store             write_regions, Regions
     data sets and their batches  image_key, Split, Data
-    published region features    check_regions, describe_crops; the forms: TSV, npz, plain pictures
+    published region features    check_regions, describe_crops; the forms: TSV, npz, SCAN's npy, plain pictures
     a data set on disk           load_data
     the embedded world           Scene, draw, make_scenes, describes, identification_ceiling, load_scenes
 
@@ -26,7 +26,6 @@ import re
 import sys
 import time
 import unicodedata
-import zlib
 
 from PIL import Image
 import numpy as np
@@ -86,7 +85,7 @@ def _plain(word):
 class WordPiece:
     """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
     vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. Raises InputError.
-    first_word: the lowest id that may be sampled; those below are special or [unused]."""
+    word_range: first and behind-last id that may be masked and sampled; those below are special or [unused]."""
     def __init__(self, vocab, lowercase):
         self.tokens, self.lowercase = vocab if isinstance(vocab, list) else _read(vocab), lowercase
         self.ids, self._cache = {token: i for i, token in enumerate(self.tokens)}, {}
@@ -94,8 +93,7 @@ class WordPiece:
             raise InputError(f"{str(vocab)[:99]}: a vocabulary needs {' '.join(SPECIALS)}; give BERT's vocab.txt")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIALS)
         words = (i for i, token in enumerate(self.tokens) if token not in SPECIALS and token[:7] != "[unused")
-        self.first_word = next(words, len(self.tokens))
-        self.word_range = self.first_word, len(self.tokens)      # of the ids that may be masked and sampled
+        self.word_range = next(words, len(self.tokens)), len(self.tokens)
 
     def pieces(self, word):
         """One word of split_words -> its ids (several where it is cut; none if nothing visible is left of it)."""
@@ -118,8 +116,7 @@ class WordPiece:
 
     def decode(self, ids):
         """Ids -> readable text: pieces joined, [PAD] [CLS] [SEP] dropped."""
-        silent = (self.pad_id, self.cls_id, self.sep_id)
-        return " ".join(self.tokens[i] for i in map(int, ids) if i not in silent).replace(" ##", "")
+        return " ".join(self.tokens[i] for i in map(int, ids) if i not in (self.pad_id, self.cls_id, self.sep_id)).replace(" ##", "")
 
 def build_vocabulary(captions, min_count):
     """The special tokens, then every word seen min_count times, frequent first, ties by alphabet (lower case)."""
@@ -131,20 +128,21 @@ def build_vocabulary(captions, min_count):
 # verb form. Other words go by their ending, and what is left is a noun (N).
 TAGS = {word: tag for tag, text in {
     "X": """a all an another both each either few half her his its many more most much no other others own same several some the their these
-        this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
-        something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
-        still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
-    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during for
-        from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within without""",
-    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear cloudy
-        colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french fresh front
-        full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male middle
-        military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple ready
-        red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various vintage
-        wet white wide wild wooden yellow young""",
-    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include jump
-        laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken talk
-        throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
+    this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
+    something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
+    still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
+    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during
+    for from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within
+    without""",
+    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear
+    cloudy colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french
+    fresh front full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male
+    middle military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple
+    ready red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various
+    vintage wet white wide wild wooden yellow young""",
+    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include
+    jump laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken
+    talk throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
 COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|(out|off|ahead) of|(in|out)side of|"
                      r"in between|(in|on) to|because of|away from)\b")
 
@@ -177,9 +175,8 @@ def parse_phrases(words):
             tags[n] = "A" if participle and after == "N" else "N"
         elif tags[n] == "V" and last in "PX" and word.endswith("ed") and after == "N":
             tags[n] = "A"
-        elif tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn":
-            tags[n] = "N"
-        elif tags[n] == "A" and after in "PX" and (article or n and last == "P"):
+        elif tags[n] == "A" and after in "PX" and (article or n and last == "P") or (
+                tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn"):
             tags[n] = "N"
 
     def preposition(j):                                  # how many words, 0 if none
@@ -198,6 +195,20 @@ def parse_phrases(words):
         i = j
     return phrases
 
+def read_phrases(path):
+    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
+    The file may cut words otherwise than we do (can't: ca n't, or can ' t), so tokens and words are matched by their letters."""
+    table, mend = {}, 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+    for i, entry in enumerate(_read(path, lambda text: list(json.loads(text)), mend)):
+        with _blame(f"{path} entry {i}", mend=mend):
+            words, groups = split_words(entry["caption"]), [set(phrase["tokens"]) for phrase in entry["phrases"] if phrase["tokens"]]
+            letters = [t for t, token in enumerate(entry["tokens"]) for _ in "".join(split_words(token))]        # token of each letter
+            if len(letters) != sum(map(len, words)) or not set().union(*groups) <= set(range(len(entry["tokens"]))):
+                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
+            owners = [{letters.pop(0) for _ in word} for word in words]
+            table[" ".join(entry["caption"].split())] = words, [[w for w, own in enumerate(owners) if own & group] for group in groups]
+    return table
+
 # ---- the region store ------------------------------------------------------------------------------------------------
 MAGIC = b"TAGSDC-REGIONS-1"
 
@@ -206,10 +217,9 @@ def _record(feature_size):
 
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
-    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by
-    name). source: JSON-able description of where the features came from. The file takes its name only when complete; a killed
-    conversion goes on behind the last image in its log. After the records come a JSON header (source; of each image its name,
-    region count, CRC-32, feature size and end), the header's length and a magic word. Raises InputError if there are no images."""
+    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by name).
+    source: JSON-able, where the features came from. The file takes its name only when complete; a killed conversion goes on behind the
+    last image in its log. After the records come a JSON header, its length and a magic word. Raises InputError if there are no images."""
     part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}      # rows: name -> [count, CRC-32, size, end]
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
@@ -220,13 +230,11 @@ def write_regions(path, items, source):
     with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
         lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
-        for name, features, boxes in items(rows) if callable(items) else items:
-            if name in rows:
-                continue
+        for name, features, boxes in filter(lambda item: item[0] not in rows, items(rows) if callable(items) else items):
             records = np.empty(len(features), _record(features.shape[1]))
             records["features"], records["box"] = features, boxes
             data.write(records)
-            rows[name] = [len(records), zlib.crc32(records), features.shape[1], data.tell()]
+            rows[name] = [len(records), binascii.crc32(records), features.shape[1], data.tell()]
             lines.write(json.dumps([name, *rows[name]]) + "\n")
             if (now := time.monotonic()) - told > (1 if alive else 10):  # a terminal's line is written over, a log gets few
                 told, rate = now, (len(rows) - resumed) / (now - start)
@@ -234,8 +242,7 @@ def write_regions(path, items, source):
                 print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
         if not rows:
             raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
-        header = dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))
-        header = json.dumps(header).encode()
+        header = json.dumps(dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))).encode()
         data.write(header + len(header).to_bytes(8, "little") + MAGIC)
         data.flush(), os.fsync(data.fileno())
     os.replace(part, path)
@@ -246,28 +253,16 @@ class Regions:
     """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images.
     names: list of str. counts: (I,) regions of each image. Raises InputError if the file is missing or harmed."""
     def __init__(self, path):
-        with _blame(path, mend="delete it, and it is made again from its source"), open(path, "rb") as file:
-            file.seek(-24, os.SEEK_END)
-            length, magic = int.from_bytes(file.read(8), "little"), file.read()
-            file.seek(-24 - length, os.SEEK_END)
-            end, header = file.tell(), json.loads(file.read(length) if magic == MAGIC else "no store")
+        with _blame(path, mend="delete it, and it is made again from its source"):
+            file = np.memmap(path, np.uint8, "r")
+            end = len(file) - 24 - int.from_bytes(file[-24:-16].tobytes(), "little")
+            header = json.loads(file[end:-24].tobytes() if file[-16:].tobytes() == MAGIC else "no store")
             self.source, self.names, self.feature_size = header["source"], header["names"], header["sizes"][0]
             self.counts, width = np.array(header["counts"], np.int64), _record(self.feature_size).itemsize
-            self._ends, self._bytes = self.counts.cumsum(), np.memmap(path, np.uint8, "r", shape=(end // width, width))
+            self._ends, self._bytes = self.counts.cumsum(), file[:end].reshape(-1, width)
             for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
-                if zlib.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
+                if binascii.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
                     raise ValueError(f"image {self.names[i]} fails its checksum")
-
-    def __len__(self):
-        return len(self.names)
-
-    @functools.cached_property
-    def _rows(self):
-        return {image_key(name): i for i, name in enumerate(self.names)}
-
-    def row(self, *names):
-        """Row of the image that goes by one of these names (file name or COCO id in any convention), else None."""
-        return next((self._rows[key] for key in map(image_key, names) if key in self._rows), None)
 
     def gather(self, rows):
         """rows (B,) -> features (B,R,F), boxes (B,R,7) x1 y1 x2 y2 w h area, mask (B,R); R = most in this batch."""
@@ -317,14 +312,13 @@ class Data:
     def _batch(self, split_name, captions, encode, padding):
         """encode(split, c) is a number a token; of captions (B,) -> (B,T) int64 array, padded; kept for the next time."""
         split, captions = self.splits[split_name], np.asarray(captions)
-        if (split_name, encode) not in self._cache:      # untouched pages of these arrays take no memory
-            shape = len(split.captions), self.max_text
-            self._cache[split_name, encode] = np.zeros(shape, np.int64), np.zeros(shape[0], np.int64)
-        table, lengths = self._cache[split_name, encode]
-        for c in captions[lengths[captions] == 0].tolist():
+        if (split_name, encode) not in self._cache:      # untouched pages take no memory; the last column is the length
+            self._cache[split_name, encode] = np.zeros((len(split.captions), self.max_text + 1), np.int64)
+        table = self._cache[split_name, encode]
+        for c in captions[table[captions, -1] == 0].tolist():
             row = encode(split, c)
-            table[c, :len(row)], table[c, len(row):], lengths[c] = row, padding, len(row)
-        return table[captions, :lengths[captions].max(initial=2)]
+            table[c, :len(row)], table[c, len(row):-1], table[c, -1] = row, padding, len(row)
+        return table[captions, :table[captions, -1].max(initial=2)]
 
     def _ids(self, split, c):
         return [self.tokenizer.cls_id, *self.tokenizer.encode(split.captions[c])[:self.max_text - 2], self.tokenizer.sep_id]
@@ -346,8 +340,7 @@ class Data:
     def phrases(self, split_name, captions):
         """captions (B,) -> (B,P,T) bool, aligned with text(): True = the token belongs to the phrase."""
         bits = self._batch(split_name, captions, self._phrase_bits, 0)[:, None]                  # (B,1,T)
-        numbers = np.arange(int(bits.max(initial=1)).bit_length())[:, None]                      # (P,1)
-        return torch.from_numpy(bits >> numbers & 1 > 0)
+        return torch.from_numpy(bits >> np.arange(int(bits.max(initial=1)).bit_length())[:, None] & 1 > 0)
 
     def image(self, split_name, images):
         """images (B,) -> features (B,R,F), boxes (B,R,7), region_mask (B,R)."""
@@ -364,7 +357,7 @@ class Data:
         return texts
 
 # ---- published region features ---------------------------------------------------------------------------------------
-WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
+GRID = np.array([(0, 0, 4, 4), *((x, y, x + 1, y + 1) for y in range(4) for x in range(4))]) / 4       # the whole picture and 4 x 4 cells
 TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                             # bottom-up-attention
                10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}               # LXMERT
 
@@ -395,6 +388,16 @@ def _npz_image(path, sizes):
             raise ValueError("bbox is in pixels, but neither image_w, image_h here nor the captions' JSON has the size")
     return dict(features=row["features"], boxes=boxes[:, :4], size=size, conf=row.get("conf"), count=row.get("num_bb"))
 
+def _precomp(path):
+    """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
+    with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
+        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
+        listed = path.with_name(f"{split}_names.txt")
+        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
+        if array.ndim != 3 or len(array) != len(names):
+            raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
+    return array, names
+
 def describe_crops(picture, boxes):
     """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) floats in [-1, 1].
     A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
@@ -409,18 +412,17 @@ def describe_crops(picture, boxes):
     edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
     return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
 
-def _grid_cells(path):
-    """No detector: the whole picture and its 4 x 4 cells."""
-    cells = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
-    boxes = np.concatenate([WHOLE_IMAGE, cells])
-    with Image.open(path) as picture:
-        return dict(features=describe_crops(picture.convert("RGB"), boxes), boxes=boxes)
-
 def _entries(form, files, sizes):
     """-> (name, where it is, function that reads it) of every image in these files."""
     for path in files:
-        if form in ("npz", "images"):
-            yield path.name, path, lambda: _npz_image(path, sizes) if form == "npz" else _grid_cells(path)
+        if form == "npz":
+            yield os.path.basename(path), path, lambda: _npz_image(path, sizes)
+        elif form == "images":                           # no detector
+            yield os.path.basename(path), path, lambda: dict(features=describe_crops(Image.open(path).convert("RGB"), GRID), boxes=GRID)
+        elif form == "precomp":                          # no boxes: every region gets the box of the whole image
+            array, names = _precomp(Path(path))
+            for i, name in enumerate(names):
+                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=GRID[:1].repeat(array.shape[1], 0))
         else:
             with open(path, "rb") as rows:
                 for number, line in enumerate(rows, 1):
@@ -441,9 +443,8 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
             raise ValueError(f"{name} is not finite in float16")
     boxes = np.asarray(boxes, np.float32) / (1 if size is None else np.array([*size, *size], np.float32))
     wrong = (boxes < -0.01).any(1) | (boxes > 1.01).any(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if wrong.any():                                      # up to 1% outside is rounding, and is clipped
-        raise ValueError(f"box {wrong.argmax()} is outside its image or inside out: x1 y1 x2 y2 = "
-                         f"{np.round(boxes[wrong.argmax()], 3).tolist()} of width and height")
+    if wrong[n := wrong.argmax()]:                       # up to 1% outside is rounding, and is clipped
+        raise ValueError(f"box {n} is outside its image or inside out: x1 y1 x2 y2 = {np.round(boxes[n], 3).tolist()} of width and height")
     if conf is not None:
         best = np.sort(np.argsort(-conf, kind="stable")[:min(max(int((conf > 0.2).sum()), 10), 100)])
         features, boxes = features[best], boxes[best]
@@ -459,95 +460,121 @@ def _checked(entries, done, left_out):
                 if not widths <= {features.shape[1]}:
                     raise ValueError(f"features are {features.shape[1]} wide, unlike those before ({widths})")
                 seen.add(key), widths.add(features.shape[1])
-            if key in seen:
                 yield name, features, boxes
 
 # ---- a data set on disk ----------------------------------------------------------------------------------------------
 NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
 (bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
-coco_val2014_000000391895.npz), images/ (COCO's train2014.zip, val2014.zip, or flickr30k-images). The smallest thing that
-would do: the JSON and images/ with the pictures that it names""".replace("\n", " ")
-FORMS = {"tsv": ".tsv", "npz": ".npz", "images": (".jpg", ".jpeg", ".png")}
+coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt, dev_..., test_...; needs no JSON), images/
+(COCO's train2014.zip, val2014.zip, flickr30k-images). The smallest that does: the JSON and images/ with its pictures""".replace("\n", " ")
+FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
 
 def find_features(place, anywhere):
-    """-> (form, files), form in tsv | npz | images, or (None, []). Pictures count in a folder *images or *train2014
+    """-> (form, paths), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
     and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
     for form, endings in FORMS.items():
-        found = [Path(f) for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
+        found = [f for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
             form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", f[len(str(place)):]))]
+        found = [f for f in found if not f.endswith("test_ims.npy") or f.replace("test_ims.npy", "testall_ims.npy") not in found]
+        if form == "precomp" and len(set(map(os.path.dirname, found))) > 1:
+            raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
         if found:
             return form, found
     return None, []
 
-def read_captions(path, left_out):
-    """Karpathy's JSON -> {split: [(name, COCO id or name, (width, height) or None, first five captions)]}."""
-    splits, seen = {"train": [], "val": [], "test": []}, set()
-    form = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
-    for i, image in enumerate(_read(path, lambda text: list(json.loads(text)["images"]), form)):
+def _listed(path):
+    """Karpathy's JSON, or SCAN's *_caps.txt (five lines for each image of *_ims.npy) -> its images in Karpathy's form."""
+    if path.suffix == ".json":
+        mend = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
+        return _read(path, lambda text: list(json.loads(text)["images"]), mend)
+    texts, split = _read(path), path.name.removesuffix("_caps.txt")
+    names = _precomp(path.with_name(f"{split}_ims.npy"))[1]
+    if len(texts) != 5 * len(names):
+        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five each are expected")
+    raw = [{"raw": text} for text in texts]
+    return [{"filename": name, "split": split, "sentences": raw[5 * i:5 * i + 5]} for i, name in enumerate(names)]
+
+def read_captions(paths, left_out):
+    """-> [(split, name, COCO id or name, (width, height) or None, first five captions)] of the images in these files."""
+    images, seen = [], set()
+    for path, i, image in ((path, i, image) for path in paths for i, image in enumerate(_listed(path))):
         with _blame(f"{path} image {i} ({str(image)[:60]})", left_out):
             name = str(image["filename"] if "filename" in image else image["cocoid"])
             for part in (name, str(image.get("filepath", ""))):
                 if re.match(r"[/\\]|\w:", part) or ".." in re.split(r"[/\\]", part):
                     raise ValueError(f"filename or filepath {part!r} leaves the root; give a name below it")
-            texts = [" ".join((s.get("raw") or " ".join(s["tokens"])).split()) for s in image["sentences"][:5]]
-            split = {"restval": "train", "dev": "val"}.get(image["split"], image["split"])
+            texts = [" ".join((s.get("raw") or " ".join(s.get("tokens", ()))).split()) for s in image["sentences"][:5]]
+            split = {"restval": "train", "dev": "val", "testall": "test"}.get(image["split"], image["split"])
             if not texts or not all(texts):
                 raise ValueError("sentences: no caption, or an empty one")
-            if split not in splits or image_key(name) in seen:
-                raise ValueError(f"filename {name} occurs twice" if split in splits else f"split {split!r} is none")
+            if split not in ("train", "val", "test") or image_key(name) in seen:
+                raise ValueError(f"filename {name} occurs twice" if image_key(name) in seen else f"split {split!r} is none")
             seen.add(image_key(name))
             size = (image["width"], image["height"]) if "width" in image and "height" in image else None
-            splits[split].append((name, image.get("cocoid", name), size, texts))
-    return splits
+            images.append((split, name, image.get("cocoid", name), size, texts))
+    return images
 
-def load_data(name, root=None, features=None, skip_bad=False, tokens=None, feature_size=None, store="data", min_count=3, max_text=64):
+def _stamp(files):
+    """Changes when the name, size or time of one of these files does."""
+    stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
+    return f"{binascii.crc32(json.dumps(stats).encode()):08x}"
+
+def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
+              min_count=3, max_text=64):
     """Whatever form of a data set lies under root -> Data. Raises InputError.
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
-    features: file or folder of the region features, if not below root.
-    tokens, feature_size: a checkpoint's vocabulary and feature size. Without tokens: vocab.txt below root, else words seen
-    min_count times in the training captions, and no others. Cased if there are capitals in the vocabulary.
-    store: folder for the converted features, used again while their sources' names, sizes and times are the same.
+    features: file or folder of the region features, if not below root. phrases: JSON file instead of parse_phrases.
+    tokens, feature_size: of a checkpoint. Without tokens: vocab.txt below root, else words seen min_count times in training captions.
+    store: folder for what is made from the sources, used again while their names, sizes and times are the same.
     skip_bad: leave out what cannot be used, and count it in Data.notes."""
-    captions, target, left_out, splits = Path(name), Path(store) / "regions.bin", [] if skip_bad else None, {}
+    captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
     root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
     if captions.suffix != ".json":
         patterns = (f"dataset_{name}.json", f"dataset_{name}*.json", "dataset_*.json")
         captions = next((path for pattern in patterns for path in sorted(root.glob(pattern))), root / patterns[0])
     form, files = find_features(features or root, bool(features))
-    if not files or not captions.is_file():
+    named = [f for f in (f.replace("_ims.npy", "_names.txt") for f in files if form == "precomp") if os.path.exists(f)]
+    scan = form == "precomp" and not (captions.is_file() and len(named) == len(files))       # SCAN's own captions go with its arrays
+    if not files or not (scan or captions.is_file()):
         lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
         raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
-    listed, stats = read_captions(captions, left_out), [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, map(os.stat, files))]
-    source = {"form": form, "files": len(files), "first": str(files[0]), "digest": f"{zlib.crc32(json.dumps(stats).encode()):08x}"}
-    regions = Regions(target) if target.exists() else None
-    if regions is None or regions.source != source:
-        sizes = {image_key(n): size for images in listed.values() for n, _, size, _ in images if size}
+    place = Path(files[0]).parent
+    captions, listings = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
+    listed = functools.cache(lambda: read_captions(listings, left_out))                      # only if something is to be made anew
+    source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
+    if not target.exists() or Regions(target).source != source:
+        sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
-        regions = Regions(target)
+    regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
-        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; "
-                         "name the features that it was trained on with --features")
-    for split, images in listed.items():
-        found = []
-        for image, cocoid, _, texts in images:
+        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; give its --features")
+
+    def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
+        found, known = {"train": [], "val": [], "test": []}, {image_key(name): row for row, name in enumerate(regions.names)}
+        for split, image, cocoid, _, five in listed():
             with _blame(f"{captions} image {image} ({split})", left_out):
-                if (row := regions.row(image, cocoid)) is None:
-                    raise ValueError(f"captions without features: no such image in {files[0].parent}")
-                found.append((image, row, texts))
-        if found:
-            names, rows, texts = zip(*found)
-            owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
-            splits[split] = Split([*names], np.array(rows), [text for own in texts for text in own], owner)
+                if (row := known.get(image_key(image), known.get(image_key(cocoid)))) is None:
+                    raise ValueError(f"captions without features: no such image in {place}")
+                found[split].append((image, row, five))
+        return [{split: list(zip(*images)) for split, images in found.items() if images}, left_out]
+    key = [source, _stamp(filter(os.path.exists, listings)), skip_bad]
+    matched, left_out = _remember(store / "captions.json", key, match)
+    table, splits = read_phrases(phrases) if phrases else {}, {}
+    for split, (names, rows, texts) in matched.items():
+        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
+        texts = [text for own in texts for text in own]
+        splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
     if not splits:
-        raise InputError(f"{captions}: no image has both captions and features in {files[0].parent}; compare the names")
+        raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
     if tokens is None and (root / "vocab.txt").exists():
         tokens = _read(root / "vocab.txt")
     elif tokens is None and "train" not in splits:
-        raise InputError(f"{captions}: no training captions to build a vocabulary from; put BERT's vocab.txt under {root}, "
-                         "or evaluate a checkpoint, which has its own")
-    tokens = tokens or build_vocabulary(splits["train"].captions, min_count)
+        raise InputError(f"{captions}: no training captions to find words in; put BERT's vocab.txt under {root}, or give a checkpoint")
+    tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
+    known = [own is not None for split in splits.values() for own in split.phrases or ()]
+    notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"] if phrases else []
     notes += [f"left out {len(left_out):,}, the first: {left_out[0]}"] if left_out else []
     capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
     return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
@@ -565,10 +592,7 @@ COUNTS = {"a": 1, "the": 1, "two": 2, "three": 3, "four": 4}
 # One bit a value: an object fits a noun phrase if it has all its bits, so contradictory adjectives fit nothing.
 BITS = {value: 1 << i for i, value in enumerate(itertools.chain(*ATTRIBUTES.values()))}
 BITS |= {plural: BITS.get(shape, 0) for shape, plural in PLURALS.items()}
-CANVAS = 112                                             # pixels of a picture's side
-
-# An object. Its centre and radius (half the width of its box) are shares of the picture.
-Thing = namedtuple("Thing", "shape colour size pattern x y radius")
+Thing = namedtuple("Thing", "shape colour size pattern x y radius")      # centre and radius (half a box) are shares of the picture
 
 @dataclass(eq=False)
 class Scene:
@@ -589,9 +613,9 @@ def relations(objects):
             yield from (("left", i, j), ("right", j, i))
         if dy > 0.1 and abs(dx) < 2 * dy:
             yield from (("above", i, j), ("below", j, i))
-        if holder(a, b) or holder(b, a):
-            yield from [("inside", i, j)] if holder(a, b) else []
-        elif max(abs(dx), abs(dy)) < a.radius + b.radius:
+        if holder(a, b):
+            yield "inside", i, j
+        elif not holder(b, a) and max(abs(dx), abs(dy)) < a.radius + b.radius:
             yield "touching", i, j
         yield from ((same, i, j) for same in ATTRIBUTES if getattr(a, same) == getattr(b, same))
     for (i, a), (j, b), (k, c) in itertools.permutations(enumerate(objects), 3):
@@ -600,15 +624,13 @@ def relations(objects):
         if length > 0.3 and 0.25 < (ux * vx + uy * vy) / length ** 2 < 0.75 and abs(ux * vy - uy * vx) < 0.12 * length:
             yield "between", i, j, k                     # a lies near the middle half of the line from b to c
 
-def holder(a, b):
-    """True if a lies in the hole of b."""
+def holder(a, b):                                        # True if a lies in the hole of b
     return b.shape in HOLLOW and max(abs(a.x - b.x), abs(a.y - b.y)) + a.radius < 0.72 * b.radius
 
 def clear(objects):
     """True if every two are apart, well overlapping or one in the other, and all in the picture: no case of doubt."""
     for a, b in itertools.combinations(objects, 2):
-        near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
-        reach = a.radius + b.radius
+        (near, far), reach = sorted((abs(a.x - b.x), abs(a.y - b.y))), a.radius + b.radius
         overlap = 0.6 * reach < far < 0.85 * reach and near < 0.5 * min(a.radius, b.radius)
         if far < 1.2 * reach and (a.colour == b.colour or not (overlap or holder(a, b) or holder(b, a))):
             return False
@@ -649,16 +671,14 @@ def near_twin(rng, scene, pair):
 
 def inside_shape(shape, x, y):
     """Which of the points x, y in [-1, 1] (y down) the shape covers."""
-    square, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
-    if shape == "star":                                  # folded onto one half of one of its five points
-        turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)
-        return 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28
-    return {"heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "square": lambda: square < 0.93,
-            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "ring": lambda: (r < 1) & (r > 0.62),
-            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "circle": lambda: r < 1,
-            "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34, "frame": lambda: square > 0.66}[shape]()
+    side, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
+    turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)        # folds a star onto half of one of its points
+    return {"star": lambda: 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28, "ring": lambda: (r < 1) & (r > 0.62),
+            "heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34,
+            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "frame": lambda: side > 0.66,
+            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "square": lambda: side < 0.93, "circle": lambda: r < 1}[shape]()
 
-def draw(scene, size=CANVAS):
+def draw(scene, size=112):
     """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
     full = 3 * size
     column = np.linspace(-9, 9, full)[:, None] * scene.light + BACKGROUNDS[scene.background]
@@ -694,8 +714,7 @@ PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; le
 CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
 
 def parse(caption):
-    """What a sentence says: nouns [(count, bits)], facts [(relation, two or three of the nouns)], background or None.
-    Returns None if it does not parse. Adjectives may come in any order and number."""
+    """Sentence -> nouns [(count, bits)], facts [(relation, two or three nouns)], background or None. Returns None if it does not parse."""
     pieces = list(PIECES.finditer(caption))
     if "".join(piece.group() for piece in pieces) != caption or caption.endswith(" "):
         return None
@@ -717,8 +736,7 @@ def parse(caption):
     return None
 
 def holds(meaning, scene):
-    """Whether a parsed sentence is true: different objects fit its nouns, and all its facts hold between them. "two red circles"
-    are exactly two, and what is said of them is said of each."""
+    """Whether different objects fit a parsed sentence's nouns and all its facts hold. Two red circles: exactly two, and facts of each."""
     (nouns, facts, background), choices = meaning, []
     for count, bits in nouns:
         fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
@@ -741,9 +759,8 @@ SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}",
              "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
              "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
 
-def draft_caption(rng, scene, pair, detail=0.78):
-    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true, as the form may ask for what
-    the scene has not. detail: how likely an attribute is mentioned."""
+def draft_caption(rng, scene, pair):
+    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true: its form may not suit the scene."""
     things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
     c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
     if "between" in form:
@@ -759,13 +776,10 @@ def draft_caption(rng, scene, pair, detail=0.78):
         return rng.choice((f"*{name}_of", f"to the *{name} of")) if name in ("left", "right") else f"*{name}"
 
     def noun(*numbers, omit=None):
-        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES
-                  if len({getattr(things[i], name) for i in numbers}) == 1}
+        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES if len({getattr(things[i], name) for i in numbers}) == 1}
         shape, one = shared.pop("shape", "shape"), len(numbers) == 1
-        words = [value for name, value in shared.items()
-                 if name != omit and rng.random() < detail * (0.6 if value == "plain" else 1.1)]
+        words = [value for name, value in shared.items() if name != omit and rng.random() < 0.78 * (0.6 if value == "plain" else 1.1)]
         return " *".join(["a" if one else f"*{list(COUNTS)[len(numbers)]}", *words, shape if one else PLURALS[shape]])
-
     say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
            "n": lambda: noun(*alike) if 1 < len(alike) < 5 else "?", "each": lambda: relation(alike, [b]),
            "r": lambda: relation([a], [b]), "s": lambda: relation([a], [c]), "both": lambda: relation([a], [b, c]),
@@ -782,8 +796,8 @@ def five_captions(rng, scene, pairs, twins):
     captions = {}
     for _ in range(300):
         words, phrases = draft_caption(rng, scene, rng.choice(pairs))
-        meaning = parse(" ".join(words))
-        if 6 <= len(words) <= 16 and meaning and holds(meaning, scene) and not any(holds(meaning, t) for t in twins):
+        meaning = parse(" ".join(words)) if 6 <= len(words) <= 16 else None
+        if meaning and holds(meaning, scene) and not any(holds(meaning, twin) for twin in twins):
             captions[tuple(words)] = words, phrases
         if len(captions) == 5:
             return list(captions.values())
@@ -814,27 +828,22 @@ def identification_ceiling(scenes, captions, image_of_caption):
 
 def load_scenes(seed, sizes, store):
     """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test."""
-    sizes, target, texts = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", Path(store) / "scenes.json"
-    names = {split: [f"scene_{split}_{i:04d}" for i in range(size)] for split, size in sizes.items()}
-    source, splits = {"world": 1, "seed": seed, "sizes": sizes}, {}
+    sizes, target, splits = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", {}
+    source, made, intact = {"world": 1, "seed": seed, "sizes": sizes}, {split: [] for split in sizes}, False
 
-    def make():
-        made = {split: [] for split in sizes}
-
-        def items():
-            for split, size in sizes.items():
-                for name, (scene, captions, features, boxes) in zip(names[split], make_scenes(seed, split, size)):
-                    made[split].append([scene.objects, scene.background, scene.light, captions])
-                    yield name, features, boxes
-        write_regions(target, items(), source)
-        return made
-    intact = False
+    def items():
+        for split, size in sizes.items():
+            for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, size)):
+                made[split].append([scene.objects, scene.background, scene.light, captions])
+                yield f"scene_{split}_{i:04d}", features, boxes
     with contextlib.suppress(InputError):                # no store yet, or a harmed one
         intact = Regions(target).source == source
-    made, regions = _remember(texts, source, make, again=not intact), Regions(target)
-    for split, own in names.items():
-        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in made[split]]
-        captions = [(words, phrases) for *_, five in made[split] for words, phrases in five]
-        splits[split] = Split(own, np.array([regions.row(name) for name in own], np.int64), [" ".join(words) for words, _ in captions],
-                              torch.arange(len(own)).repeat_interleave(5), captions, scenes)
+    made = _remember(target.with_name("scenes.json"), source, lambda: write_regions(target, items(), source) or made, again=not intact)
+    regions = Regions(target)
+    for split, content in made.items():
+        rows = np.array([row for row, name in enumerate(regions.names) if f"_{split}_" in name], np.int64)
+        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in content]
+        captions = [(words, phrases) for *_, five in content for words, phrases in five]
+        splits[split] = Split([regions.names[row] for row in rows], rows, [" ".join(words) for words, _ in captions],
+                              torch.arange(len(content)).repeat_interleave(5), captions, scenes)
     return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), regions, splits)

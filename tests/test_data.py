@@ -12,7 +12,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data as data_module
 from data import (Data, InputError, Regions, Split, WordPiece, build_vocabulary, check_regions, describe_crops, image_key,
-                  load_data, parse_phrases, split_words, write_regions)
+                  load_data, parse_phrases, read_phrases, split_words, write_regions)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not here")
@@ -29,7 +29,7 @@ def test_wordpiece_agrees_with_the_reference(kind):
     for line in lines:
         assert tokenizer.encode(line["text"]) == line["ids"], line["text"]
         assert [i for word in split_words(line["text"]) for i in tokenizer.pieces(word)] == line["ids"]
-    assert tokenizer.tokens[tokenizer.first_word] == "!"
+    assert tokenizer.tokens[tokenizer.word_range[0]] == "!" and tokenizer.word_range[1] == len(tokenizer.tokens)
     assert [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id] == [
         0, 100, 101, 102, 103]
 
@@ -96,6 +96,18 @@ def test_phrases_are_disjoint_and_never_crash():
         assert len(positions) == len(set(positions)) and set(positions) <= set(range(len(words)))
 
 
+def test_phrases_file_is_matched_by_letters(tmp_path):
+    entry = {"caption": "A  man can't sit", "tokens": ["A", "man", "ca", "n't", "sit"],
+             "phrases": [{"type": "object", "tokens": [1]}, {"type": "relation", "tokens": [2, 3]}]}
+    (tmp_path / "p.json").write_text(json.dumps([entry]))
+    words, positions = read_phrases(tmp_path / "p.json")["A man can't sit"]
+    assert words == ["A", "man", "can", "'", "t", "sit"] and positions == [[1], [2, 3, 4]]
+    for broken in ({**entry, "tokens": ["A"]}, {**entry, "phrases": [{"tokens": [9]}]}, {"caption": "a"}, 3):
+        (tmp_path / "p.json").write_text(json.dumps([broken]))
+        with pytest.raises(InputError, match="p.json entry 0"):
+            read_phrases(tmp_path / "p.json")
+
+
 # ---------------------------------------------------------------- the store
 
 def made(n, size=6, seed=0):
@@ -110,7 +122,7 @@ def test_store_round_trip_ragged(tmp_path):
     items = list(made(7))
     write_regions(tmp_path / "r.bin", iter(items), {"from": "test"})
     regions = Regions(tmp_path / "r.bin")
-    assert len(regions) == 7 and regions.feature_size == 6 and regions.source == {"from": "test"}
+    assert len(regions.names) == 7 and regions.feature_size == 6 and regions.source == {"from": "test"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.bin"]
     rows = np.array([5, 0, 0, 3])
     features, boxes, mask = regions.gather(rows)
@@ -237,6 +249,7 @@ def test_own_captions_and_images(tmp_path):
 @needs_real
 @pytest.mark.parametrize("name, root, features, counts, size", [
     ("flickr8k_subset/dataset_flickr8k_subset.json", None, None, (600, 100, 200), 1280),
+    ("flickr30k", "flickr8k_precomp", None, (120, 40, 40), 1280),
     ("coco", "butd", None, (0, 0, 7), 2048),
     ("coco", "butd", "butd/train2014_obj36.sample.tsv", (0, 0, 7), 2048),
     ("coco", "butd", "butd/images", (0, 0, 7), 256)])
@@ -260,12 +273,25 @@ def test_both_tsv_layouts_hold_the_same_regions(tmp_path):
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
     original, lxmert = (load_data("coco", REAL / "butd", REAL / "butd" / f, tokens=tokens, store=tmp_path / f)
                         for f in ("train2014_36.original_layout.tsv", "train2014_obj36.sample.tsv"))
-    for name in lxmert.regions.names:
-        a = original.regions.gather(np.array([original.regions.row(name)]))
-        b = lxmert.regions.gather(np.array([lxmert.regions.row(name)]))
+    rows = {image_key(name): row for row, name in enumerate(original.regions.names)}
+    for row, name in enumerate(lxmert.regions.names):
+        a, b = original.regions.gather(np.array([rows[image_key(name)]])), lxmert.regions.gather(np.array([row]))
         assert a[0].shape[1] == 36 and 10 <= b[0].shape[1] <= 36                # LXMERT's rows have scores
         for k in range(b[0].shape[1]):
             assert ((a[0][0] == b[0][0, k]).all(1) & (a[1][0] == b[1][0, k]).all(1)).any()
+
+
+@needs_real
+def test_npz_and_precomp_agree_and_keep_order(tmp_path):
+    npz = load_data(REAL / "flickr8k_subset/dataset_flickr8k_subset.json", store=tmp_path / "a")
+    scan = load_data("flickr30k", REAL / "flickr8k_precomp", store=tmp_path / "b")
+    for i in (0, 17, 39):
+        name, images = scan.splits["test"].images[i], npz.splits["test"].images
+        a, b = npz.image("test", [images.index(name)])[0], scan.image("test", [i])[0]
+        n = min(a.shape[1], b.shape[1], 6)
+        assert (a[:, :n] - b[:, :n]).abs().max() < 2e-3
+        assert scan.splits["test"].captions[5 * i] == " ".join(
+            npz.splits["test"].captions[5 * images.index(name)].split())
 
 
 def test_confidence_keeps_10_to_100():
@@ -404,15 +430,57 @@ def test_faulty_tsv_rows(tmp_path, row, message):
         load_data("coco", tmp_path / "r", store=tmp_path)
     assert "\n" not in str(caught.value)
     data = load_data("coco", tmp_path / "r", store=tmp_path, skip_bad=True)
-    assert len(data.regions) == 2 and data.splits["test"].images == ["3.jpg"]
+    assert len(data.regions.names) == 2 and data.splits["test"].images == ["3.jpg"]
     assert torch.allclose(data.image("test", [0])[1][0, 1, :4], torch.tensor([.125, .25, 1., 1.]))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda r: np.save(r / "train_ims.npy", np.array([[[{}]]], object)), "train_ims.npy.*objects"),
+    (lambda r: np.save(r / "train_ims.npy", np.ones((2, 3), np.float32)), "train_ims.npy.*3 dimensions"),
+    (lambda r: (r / "train_ims.npy").write_bytes((r / "train_ims.npy").read_bytes()[:150]), "train_ims.npy"),
+    (lambda r: (r / "train_caps.txt").write_text("a\n" * 9), "train_caps.txt: 9 lines.*2 images"),
+    (lambda r: (r / "train_caps.txt").write_text("a\n\n" * 5), "train_caps.txt.*4 of them empty"),
+    (lambda r: (r / "train_caps.txt").write_bytes(b"\xff\n" * 10), "train_caps.txt"),
+    (lambda r: (r / "train_names.txt").write_text("x\n"), "train_ims.npy.*1 names")])
+def test_faulty_precomp(tmp_path, harm, message):
+    folder = tmp_path / "f30k_precomp"
+    folder.mkdir()
+    np.save(folder / "train_ims.npy", np.ones((2, 3, 4), np.float32))
+    (folder / "train_caps.txt").write_text("a dog\n" * 10)
+    data = load_data("flickr30k", tmp_path, store=tmp_path / "s")
+    assert data.image("train", [1])[1][0].tolist() == [[0, 0, 1, 1, 1, 1, 1]] * 3
+    harm(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_data("flickr30k", tmp_path, store=tmp_path / "s")
+    assert "\n" not in str(caught.value)
+
+
+def test_precomp_beside_karpathy_takes_names_and_testall(tmp_path):
+    (tmp_path / "r").mkdir()
+    for k, split in enumerate(("train", "test", "testall")):
+        np.save(tmp_path / f"r/{split}_ims.npy", np.full((1, 2, 4), k, np.float32))
+        (tmp_path / f"r/{split}_caps.txt").write_text(f"{split}\n" * 5)
+    data = load_data("coco", tmp_path / "r", store=tmp_path)
+    assert data.splits["test"].captions == ["testall"] * 5 and data.image("test", [0])[0].unique().tolist() == [2]
+    karpathy(tmp_path / "r/dataset_coco.json", [IMAGES[0], IMAGES[2]])          # of no use until the rows have names
+    assert load_data("coco", tmp_path / "r", store=tmp_path).splits["test"].captions == ["testall"] * 5
+    for names in ("13", "31"):
+        for split, name in zip(("train", "testall"), names):
+            (tmp_path / f"r/{split}_names.txt").write_text(f"COCO_train2014_00000000000{name}.jpg\n")
+        data = load_data("coco", tmp_path / "r", store=tmp_path, min_count=1)
+        assert data.splits["train"].images == ["1.jpg"] and data.splits["test"].captions == ["a zebra"] * 5
+        assert data.image("test", [0])[0].unique().tolist() == [2 if names == "13" else 0]
+    (tmp_path / "r/dataset_coco.json").unlink()
+    (tmp_path / "r/testall_caps.txt").unlink()
+    with pytest.raises(InputError, match="testall_caps.txt"):
+        load_data("coco", tmp_path / "r", store=tmp_path)
 
 
 def test_nothing_there_says_what_would_do(tmp_path):
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError) as caught:
             load_data("coco", place, store=tmp_path / "s")
-        for name in (str(place), "dataset_coco.json", ".tsv", ".npz", "images/", "smallest"):
+        for name in (str(place), "dataset_coco.json", ".tsv", ".npz", "_precomp", "images/", "smallest"):
             assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="my.json"):
@@ -431,6 +499,14 @@ def test_no_training_captions(root, tmp_path):
     assert load_data("coco", root, store=tmp_path, tokens=TOKENS).tokenizer.tokens == TOKENS
 
 
+def test_phrases_file_is_used(root, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([
+        {"caption": "a red  dog", "tokens": ["a", "red", "dog"], "phrases": [{"type": "object", "tokens": [0, 2]}]}]))
+    data = load_data("coco", root, phrases=tmp_path / "p.json", store=tmp_path, min_count=1)
+    assert data.phrases("train", [0])[0].tolist() == [[False, True, False, True, False]]
+    assert data.phrases("train", [3]).shape[1] == 2 and any("3 of 9 captions" in note for note in data.notes)
+
+
 def test_pictures_become_grid_cells_and_bad_ones_are_named(tmp_path):
     (tmp_path / "r/images").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "r/plot.png")                      # not below images/: not a data picture
@@ -439,7 +515,7 @@ def test_pictures_become_grid_cells_and_bad_ones_are_named(tmp_path):
     karpathy(tmp_path / "r/dataset_coco.json", IMAGES)
     data = load_data("coco", tmp_path / "r", store=tmp_path)
     features, boxes, mask = data.image("train", [0, 1])
-    assert len(data.regions) == 3 and mask.all() and features.shape == (2, 17, data.feature_size)
+    assert len(data.regions.names) == 3 and mask.all() and features.shape == (2, 17, data.feature_size)
     assert boxes[0, 0, :4].tolist() == [0, 0, 1, 1] and torch.allclose(boxes[0, 1:, 6].sum(), torch.tensor(1.))
     assert (features[0] - features[1]).abs().max() > 0.5
     (tmp_path / "r/images/2.jpg").write_bytes(b"no picture")
@@ -473,6 +549,22 @@ def test_progress_is_quiet_unless_it_takes_long(tmp_path, capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert out == "" and err.count("images/s") == (7 if terminal else 2), err
         assert err.count("\n") == (1 if terminal else 2) and ("\r" in err) == terminal and err.endswith("\n")
+
+
+def test_second_start_reads_no_captions_and_still_sees_changes(root, tmp_path, monkeypatch):
+    first = load_data("coco", root, store=tmp_path, min_count=1)
+    with monkeypatch.context() as patch:
+        for name in ("read_captions", "build_vocabulary"):
+            patch.setattr(data_module, name, None)                              # a call would fail
+        again = load_data("coco", root, store=tmp_path, min_count=1)
+    for split, own in first.splits.items():
+        assert (own.images, own.captions) == (again.splits[split].images, again.splits[split].captions)
+        assert torch.equal(own.image_of_caption, again.splits[split].image_of_caption) and (own.rows == again.splits[split].rows).all()
+    assert again.tokenizer.tokens == first.tokenizer.tokens and again.notes == first.notes
+    karpathy(root / "dataset_coco.json", [("1.jpg", "train", ["a blue dog"])])
+    assert load_data("coco", root, store=tmp_path, min_count=1).splits["train"].captions == ["a blue dog"]
+    (tmp_path / "captions.json").write_text("{")
+    assert load_data("coco", root, store=tmp_path, min_count=1).splits["train"].captions == ["a blue dog"]
 
 
 def test_what_was_left_out_is_counted_at_each_start(root, tmp_path):
