@@ -198,8 +198,8 @@ def run_probe(path, model, data, split, **options):
             isinstance(item.get(field), kind) and len(item[field]) > 5 * (kind is list) for item in items for field, kind in fields.items()))
     except (OSError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(f"{path}: no file of SugarCrepe, VALSE's FOIL or RoCOCO ({str(error) or 'unlike'})") from None
-    where, *fields = PROBES[probe]
-    found = [(item, row) for item in items if (row := data.regions.row(item[where])) is not None]
+    (where, *fields), row_of = PROBES[probe], {image_key(name): row for row, name in enumerate(data.regions.names)}
+    found = [(item, row_of[key]) for item in items if (key := image_key(item[where])) in row_of]
     names, rows = [item[where] for item, _ in found], [row for _, row in found]
     result = {"items": len(found), "total": len(items), "held_out": int(np.isin(rows, data.splits[split].rows).sum())}
     if probe == "rococo" and found:

@@ -259,11 +259,10 @@ class Run:
             lr = peak * min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))  # warm-up, then linear decay
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            early = phase == "warmup" and step < args.words_first * steps
+            terms = {"mlm": weights["mlm"]} if phase == "warmup" and step < args.words_first * steps else weights
             self.optimizer.zero_grad(set_to_none=True)
             for _ in range(args.accumulate):
-                loss, seen = training_step(self.objective, self.data, args, {"mlm": weights["mlm"]} if early else weights,
-                                           self.rng, self.device_rng, self.device)
+                loss, seen = training_step(self.objective, self.data, args, terms, self.rng, self.device_rng, self.device)
                 (loss / args.accumulate).backward()
                 for name, value in {"loss": loss.detach(), **seen}.items():
                     sums[name] = sums.get(name, 0.0) + value / args.accumulate
@@ -271,22 +270,23 @@ class Run:
             self.optimizer.step()
             self.at["step"], since = step + 1, since + 1
             if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.signal and world()[1] == 1):
-                self.report(phase, weights, {name: value.item() / since for name, value in sums.items()}, (time.time() - clock) / since,
+                self.report(phase, terms, {name: value.item() / since for name, value in sums.items()}, (time.time() - clock) / since,
                             lr, step + 1 == steps)
                 sums, clock, since = {}, time.time(), 0
             if self.signal:
                 return self.save("last.pt")
 
-    def report(self, phase, weights, means, pace, lr, last):
-        """A row of the log after `pace` seconds a step, a validation where one is due. Raises InputError if training diverged."""
+    def report(self, phase, terms, means, pace, lr, last):
+        """A row of the log after `pace` seconds a step; a validation where one is due, which is not before matching is learnt.
+        Raises InputError if training diverged."""
         args, total, split = self.args, sum(steps for _, steps, _, _ in self.plan), "val" if "val" in self.data.splits else "train"
         done = sum(steps for _, steps, _, _ in self.plan[:self.at["phase"]]) + self.at["step"]
         row = {"phase": phase, "step": done, "lr": lr, **{name: round(mean, 5) for name, mean in means.items()}}
         if not math.isfinite(row["loss"]):
             raise datasets.InputError(f"the loss became {row['loss']} at step {done} ({phase}): lower the learning rate, now {lr:.1e}; "
                                       f"{self.out / 'best.pt'} holds the best weights before that")
-        if "hard" in weights:
-            candidates = 2 * args.pool + args.maskings * args.refills * bool(SYNTHETIC & weights.keys())
+        if "hard" in terms:
+            candidates = 2 * args.pool + args.maskings * args.refills * bool(SYNTHETIC & terms.keys())
             means["negatives/s"] = row["negatives_per_s"] = round(args.batch_size * args.accumulate * candidates * world()[1] / pace)
         say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
             + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
@@ -294,7 +294,8 @@ class Run:
             dist.all_reduce(signals := torch.tensor(self.signal, device=self.device), dist.ReduceOp.MAX)
             self.signal = signals.item()
         self.at["log"].append(row)
-        if not self.signal and (last or done // args.log_every % max(1, total // args.log_every // args.validations) == 0):
+        period = max(1, self.plan[self.at["phase"]][1] // args.log_every // args.validations)
+        if not self.signal and (last or terms.keys() - {"mlm"} and self.at["step"] // args.log_every % period == 0):
             metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, args, self.device, args.val_images))
             row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
             say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
@@ -472,8 +473,8 @@ def parse_arguments(argv):
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=5000, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=4", "tags=0.5", "dc=0.5"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--steps", type=int, default=9500, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=16", "tags=1.5", "dc=1.5"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
     add("--words-first", type=float, default=0.8, help="share of the warm-up that learns words (MLM) alone, before matching")
@@ -487,7 +488,7 @@ def parse_arguments(argv):
     add("--hard", type=int, default=4, help="negatives kept of each kind (paper: 31)")
     add("--maskings", type=int, default=4, help="maskings of each caption (paper: 20)")
     add("--refills", type=int, default=4, help="refills of each masking (paper: 20)")
-    add("--temperature", type=float, default=1.5, help="of the refilling (paper: 1.5)")
+    add("--temperature", type=float, default=2.0, help="of the refilling (paper: 1.5)")
     add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
     for term, default, text in (("tags", 1.0, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
                                 ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
@@ -498,8 +499,8 @@ def parse_arguments(argv):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 autocast where the hardware has it")
     add("--log-every", type=int, default=50, help="steps between two lines of the log")
-    add("--validations", type=int, default=10, help="validations in a run")
-    add("--val-images", type=int, default=100, help="images of val that a validation looks at")
+    add("--validations", type=int, default=2, help="validations in a phase")
+    add("--val-images", type=int, default=200, help="images of val that a validation looks at")
     add("--analyse-images", type=int, default=200, help="test images whose generated negatives are analysed")
     add("--score-batch", type=int, default=256, help="pairs in one pass without gradient")
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
@@ -508,7 +509,7 @@ def parse_arguments(argv):
     if known["recipe"]:
         parser.set_defaults(**RECIPES[known["recipe"]])
     if known["quick"]:
-        parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20, validations=4)
+        parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
     if source:  # what it was trained with
         of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")

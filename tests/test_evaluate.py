@@ -252,7 +252,7 @@ def test_foil_word_by_word(tmp_path, world, model):
              "2": {"image_file": name, "caption": "a red star", "foil": "a red star above a circle"}}
     result = probe(tmp_path, world, model, items)
     assert (result["items"], result["total"], result["same_length"]) == (2, 2, 1)
-    own = evaluate.own_words(world, [items["1"]["caption"], items["1"]["foil"]], [name], [world.regions.row(name)])
+    own = evaluate.own_words(world, [items["1"]["caption"], items["1"]["foil"]], [name], [world.regions.names.index(name)])
     right, wrong = own.text("own", [0]), own.text("own", [1])
     said = evaluate.judge_words(model, own, "own", wrong, torch.tensor([0]))
     by_hand = evaluate.word_metrics(*said, wrong, right, wrong >= 0)
