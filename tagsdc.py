@@ -606,6 +606,8 @@ def run(args):
         search(args, data, model, device)
         return 0
     if not args.eval:
+        if "train" not in data.splits:
+            raise datasets.InputError(f"{args.data}: no captions of the train split to learn from; --eval CHECKPOINT needs none")
         training = Run(args, data, model, device)
         if args.resume:
             training.resume(state)
