@@ -42,9 +42,8 @@ def masked_lm_loss(logits, labels):
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
     """Which words were replaced? Weighted cross-entropy over every text position (METHOD 4).
-    logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.
-    Replaced words weigh 1, original ones `original_weight`, because few words are replaced. Divides by the number of
-    positions ([CLS] and [SEP] included), not by the weight sum, as the official code does."""
+    logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.  Few words are replaced: those
+    weigh 1, original ones `original_weight`. Divides by the number of positions ([CLS], [SEP] too), not by the weight sum, as officially."""
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
     return masked_mean(cost, text_mask)

@@ -221,9 +221,9 @@ class TagsDC(nn.Module):
 
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
-        Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names,
-        and fine-tuned TAGS (`rank_output`, `disc_output`, `correction_output`). Heads that are missing: `rank_output` takes the
-        "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a copy of the MLM head.
+        Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names, and fine-tuned
+        TAGS. Heads that are missing: `rank_output` takes the "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a
+        copy of the MLM head.
         Returns {"loaded": [official names], "initialised": ["name from name"], "ignored": [official names]}.
         Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config."""
         state, initialised = _official(state_dict), []
@@ -233,22 +233,20 @@ class TagsDC(nn.Module):
             for key in [k for k in state if k.startswith(source) and k.replace(source, name) not in state]:
                 state[key.replace(source, name)] = state[key][rows].clone()
                 initialised.append(f"{key.replace(source, name)} from {key}")
-        own, fitted = self.state_dict(), {}
-        for name, parts in self._official_names().items():
+        own, names = self.state_dict(), self._official_names()
+        for name, parts in names.items():
             for part, place in zip(parts, own[name].chunk(len(parts))):
                 if part in state and state[part].shape != place.shape:
                     raise ValueError(
                         f"{part} is {(*state[part].shape,)}, the model needs {(*place.shape,)}: check the sizes and the vocabulary")
                 if part not in state and part.startswith("uniter."):
                     raise ValueError(f"not complete UNITER weights: {part} is missing")
-            if parts[0] in state:
-                fitted[name] = torch.cat([state[part] for part in parts])
-            else:
-                initialised.append(f"{parts[0]} at random")
+        fitted = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items() if parts[0] in state}
+        initialised += [f"{names[name][0]} at random" for name in names if name not in fitted]
         self.load_state_dict({**own, **fitted})
         words = state["uniter.embeddings.word_embeddings.weight"]
         tied = {name for name in _TIED if name in state and torch.equal(state[name], words)}  # an untied decoder has no place here
-        used = {part for parts in self._official_names().values() for part in parts} | tied
+        used = tied.union(*names.values())
         self.uniter_extras = {key: state[key].clone() for key in sorted(given - used)}
         return {"loaded": sorted(given & used), "initialised": initialised, "ignored": sorted(given - used)}
 
@@ -261,13 +259,10 @@ class TagsDC(nn.Module):
 
     def _official_names(self):
         """{our name: [official names whose rows, one below the other, make it]}."""
-        names = {}
-        for name in self.state_dict():
-            module, leaf = name.rsplit(".", 1)
-            layer = re.match(r"layers\.(\d+)\.(\w+)", module)
-            parts = [f"uniter.encoder.layer.{layer[1]}.{part}" for part in _LAYER_NAMES[layer[2]]] if layer else [_NAMES[module]]
-            names[name] = [f"{part}.{leaf}" for part in parts]
-        return names
+        table = {module: [official] for module, official in _NAMES.items()} | {
+            f"layers.{n}.{part}": [f"uniter.encoder.layer.{n}.{name}" for name in names]
+            for n in range(self.config.layers) for part, names in _LAYER_NAMES.items()}
+        return {name: [f"{part}.{leaf}" for part in table[module]] for name in self.state_dict() for module, leaf in [name.rsplit(".", 1)]}
 
 _NAMES = {"text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings", "rank": "rank_output",
           "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings", "discrimination": "disc_output",
