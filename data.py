@@ -320,8 +320,7 @@ class Data:
         bits = np.zeros(len(words), np.int64)
         for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:62]):       # as many as int64 has bits
             bits[positions] |= 1 << p
-        bits = np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])
-        return [0, *bits[:self.max_text - 2], 0]
+        return [0, *np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])[:self.max_text - 2], 0]
 
     def text(self, split_name, captions):
         """captions (B,) -> input_ids (B,T) long: [CLS] words [SEP], padded to the longest of the batch."""
@@ -554,9 +553,8 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
         splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
     if not splits:
         raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
-    if tokens is None and (root / "vocab.txt").exists():
-        tokens = _read(root / "vocab.txt")
-    elif tokens is None and "train" not in splits:
+    tokens = tokens or (root / "vocab.txt").exists() and _read(root / "vocab.txt")
+    if not tokens and "train" not in splits:
         raise InputError(f"{captions}: no training captions to find words in; put BERT's vocab.txt under {root}, or give a checkpoint")
     tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
@@ -636,8 +634,7 @@ def random_scene(rng):
             size, x, y = "small", other.x, other.y
         elif other and rng.random() < 0.2:
             x, y = other.x + rng.uniform(-0.2, 0.2), other.y + rng.uniform(-0.2, 0.2)
-        radius = rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1)
-        new = Thing(shape, colour, size, pattern, x, y, radius)
+        new = Thing(shape, colour, size, pattern, x, y, rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1))
         objects += [new] if clear([*objects, new]) else []
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)), rng.uniform(-1, 1))
 
@@ -676,7 +673,7 @@ def draw(scene, size=112):
         y = (np.arange(top, bottom) + 0.5 - full * thing.y)[:, None] / (full * thing.radius)
         whole, part = inside_shape(thing.shape, x, y), canvas[top:bottom, left:right]
         colour = part[whole] = np.array(COLOURS[thing.colour])
-        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 + 0 * x < 0.5, "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
+        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 < 0.5, "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
                "checked": lambda: (2 * x % 2 < 1) ^ (2 * y % 2 < 1)}[thing.pattern]()
         part[whole & ink] = 0.3 * colour + (0 if colour.sum() > 390 else 178)
     return Image.fromarray(canvas).reduce(3)
@@ -691,11 +688,10 @@ def look(rng, scene):
     return describe_crops(draw(scene), boxes).astype(np.float16), boxes.astype(np.float32)
 
 ADJECTIVES = f"(?:(?:{'|'.join((*COLOURS, *SIZES, *ATTRIBUTES['pattern']))}) )*"
-PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))"
+PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))|(?P<b>between)|(?P<j>and)"
                     rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
                     rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
-                    r"|(?P<b>between)|(?P<j>and)|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)"
-                    rf"|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
+                    rf"|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
 PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; left of A and B (of each); between A and B
 CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
 

@@ -50,9 +50,8 @@ def _precision(line, right, r):
 
 def eccv_metrics(scores, data, split, folder):
     """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
-    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, with
-    coco_test_ids.npy and original_caption_to_image.json, which tell which caption is which.
-    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", "eccv_ir_...", "cxc_..."}."""
+    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json and, to tell the captions,
+    coco_test_ids.npy, original_caption_to_image.json.  Returns {"eccv_tr_map_at_r", "..._rprecision", "..._r1", "..._queries", ...}."""
     content, result, listed = data.splits[split], {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
     if not listed:
         return result
@@ -250,9 +249,8 @@ def _draw_rows(path, rows):
 
 def draw_negatives(path, rows):
     """For some images: the caption, the hardest retrieved negative, and generated ones with what the heads say of them.
-    rows: list of {"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score),
-    "generated": [(words, score, replaced, flagged, corrected)]}, the last three with an entry a word: was it replaced (bool), does WoD
-    flag it (bool), what does WoC put back (str, or None for nothing to show)."""
+    rows: [{"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score), "generated":
+    [(words, score, replaced, flagged, corrected)]}], the last three an entry a word: two bools, and what WoC puts back (str or None)."""
     legend = ("legend", None, ["replaced word ", "flagged by word discrimination", " word"], [True, False, False], [False, True, False],
               [None, None, "what word correction puts back"])
     _draw_rows(path, [(None, [legend]), *((row["picture"], [

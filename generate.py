@@ -25,11 +25,10 @@ class Negatives(NamedTuple):
 def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None):
     """Masks whole phrases of each caption, M times over (METHOD 3.1).
     input_ids: (B, T) long.  phrases: (B, P, T) bool membership; a caption without any phrase, or None, masks single words.
-    vocabulary_range: (first, end) of the ordinary word ids; ids outside (special tokens, padding, unknown words) are never masked.
+    vocabulary_range: (first, end) of the ordinary word ids; others (special tokens, padding, unknown words) are never masked.
     A phrase is chosen with `probability`, averaged over its tokens, where a token that lies in f phrases contributes probability / f; if
     none was chosen, one random phrase is. All its tokens are masked together: 80% become mask_id, 10% a random word, 10% stay.
-    Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere. A caption
-    without ordinary words comes back unmasked."""
+    Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere."""
     (b, t), device, (first, end) = input_ids.shape, input_ids.device, vocabulary_range
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
     words = torch.eye(t, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
@@ -52,10 +51,9 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
 
 def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None):
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
-    masked, labels: (B, M, T) long from `mask_phrases`.  Only ids in vocabulary_range are ever sampled.
-    chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states (n, T, D), and project (q, D) -> (q, V)
-    turns those of the masked positions alone into logits, which spares the vocabulary matrix elsewhere.
-    `labels` may lie on the CPU when all else is on a GPU: then nothing here waits for the GPU.
+    masked, labels: (B, M, T) long from `mask_phrases`; labels may lie on the CPU when all else is on a GPU, and nothing waits for it then.
+    Only ids in vocabulary_range are ever sampled.  chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states
+    (n, T, D), and project (q, D) -> (q, V) turns those of the masked positions alone into logits, which spares the vocabulary elsewhere.
     Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
     (b, m, t), (first, end) = masked.shape, vocabulary_range
     candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)

@@ -1,8 +1,7 @@
 """The one-stream image-text encoder (UNITER) with the four heads of TAGS-DC (METHOD 1 and 4).
 
-Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that
-are prepared once and then met in N pairs. Every mask: True = real, False = padding.
-A sequence holds the T text positions first ([CLS] w1 .. wn [SEP], padded), then the R regions (padded)."""
+Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that are
+prepared once and then met in N pairs. Every mask: True = real. A sequence: T text positions ([CLS] w1 .. wn [SEP], padded), then R regions."""
 import re
 from dataclasses import dataclass
 from functools import partial
