@@ -216,7 +216,7 @@ def write_regions(path, items, source):
     with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
         first, *logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]        # whole lines
         rows = {name: row for name, *row in logged if first == [source] and row[3] <= part.stat().st_size}
-    alive, old = sys.stderr.isatty(), len(rows)
+    alive, old = sys.stderr.isatty(), len(rows)          # old: stored before this call
     start = told = time.monotonic()
     with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
@@ -725,8 +725,9 @@ def holds(meaning, scene):
         if len(fit) < count or len(fit) > count > 1:
             return False
         choices.append([(i,) for i in fit] if count == 1 else [fit])
-    return background in (None, scene.background) and any(len(set().union(*chosen)) == sum(map(len, chosen)) and all(
-        (name, *ends) in scene.facts for name, *numbers in facts for ends in itertools.product(*(chosen[n] for n in numbers)))
+    return background in (None, scene.background) and any(
+        len(set().union(*chosen)) == sum(map(len, chosen))
+        and all((name, *ends) in scene.facts for name, *numbers in facts for ends in itertools.product(*(chosen[n] for n in numbers)))
         for chosen in itertools.product(*choices))
 
 def describes(caption, scene):

@@ -19,8 +19,8 @@ from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes,
 # ---- recall ----------------------------------------------------------------------------------------------------------
 def retrieval_metrics(scores, image_of_caption):
     """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks), in percent.
-    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image; -1 = a
-    caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
+    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image (0: it asks
+    nothing); -1 = a caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
     A rank is the number of wrong items not below the best right one: a tie, or a score that is no number, counts against the query."""
     scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
     if scores.dim() != 2 or owner.shape != scores.shape[:1] or not scores.numel() or owner.max() >= scores.size(1):
@@ -50,8 +50,8 @@ def _precision(line, right, r):
 
 def eccv_metrics(scores, data, split, folder):
     """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
-    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json and, to tell the captions,
-    coco_test_ids.npy, original_caption_to_image.json.  Returns {"eccv_tr_map_at_r", "..._rprecision", "..._r1", "..._queries", ...}."""
+    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, coco_test_ids.npy,
+    original_caption_to_image.json.  Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", .. "cxc_ir_.."}."""
     content, result, listed = data.splits[split], {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
     if not listed:
         return result
@@ -135,7 +135,7 @@ def judge_words(model, data, split, sentences, images, **options):
 KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
          ("above", "below", "inside", "touching"), ATTRIBUTES]
 PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str}, "foil": {"image_file": str, "caption": str, "foil": str},
-          "rococo": {"image": str, "caption": list}}         # fields of an entry of the JSON; a list ends with five altered captions
+          "rococo": {"image": str, "caption": list}}         # fields in {id: entry} or [entry]; a list ends with five altered captions
 
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.

@@ -221,8 +221,7 @@ class TagsDC(nn.Module):
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
         Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names, and fine-tuned
-        TAGS. Heads that are missing: `rank_output` takes the "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a
-        copy of the MLM head.
+        TAGS. If heads are missing, `rank_output` copies the "match" row of `itm_output`, `disc_output` all of it, `correction_output` `cls`.
         Returns {"loaded": [official names], "initialised": ["name from name"], "ignored": [official names]}.
         Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config."""
         state, initialised = _official(state_dict), []
@@ -244,8 +243,7 @@ class TagsDC(nn.Module):
         initialised += [f"{names[name][0]} at random" for name in names if name not in fitted]
         self.load_state_dict({**own, **fitted})
         words = state["uniter.embeddings.word_embeddings.weight"]
-        tied = {name for name in _TIED if name in state and torch.equal(state[name], words)}  # an untied decoder has no place here
-        used = tied.union(*names.values())
+        used = {name for name in _TIED if name in state and torch.equal(state[name], words)}.union(*names.values())  # an untied one is ignored
         self.uniter_extras = {key: state[key].clone() for key in sorted(given - used)}
         return {"loaded": sorted(given & used), "initialised": initialised, "ignored": sorted(given - used)}
 
