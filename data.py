@@ -1,16 +1,9 @@
 """The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
 
-    words and word pieces        split_words, WordPiece, build_vocabulary
-    phrases of a caption         parse_phrases, read_phrases
-    the region store             write_regions, Regions
-    data sets and their batches  image_key, Split, Data
-    published region features    check_regions, describe_crops; the forms: TSV, npz, SCAN's npy, plain pictures
-    a data set on disk           load_data
-    the embedded world           Scene, draw, make_scenes, describes, identification_ceiling, load_scenes
-
+In this order: words and word pieces (WordPiece), phrases of a caption (parse_phrases), the region store (write_regions, Regions), data sets
+and their batches (Data), published region features (check_regions), a data set on disk (load_data), the embedded world (load_scenes).
 Letters: B images or captions of a batch, T tokens, R regions, F feature size, P phrases, C captions, I images.
-Masks are True where something real stands. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
-"""
+Masks are True where something real stands. Boxes are x1 y1 x2 y2 as shares of the picture, y down."""
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +124,8 @@ TAGS = {word: tag for tag, text in {
     this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
     something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
     still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
-    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during
-    for from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within
-    without""",
+    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during for
+    from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within without""",
     "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear
     cloudy colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french
     fresh front full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male
@@ -156,9 +148,8 @@ def _tag(word):
     return "X" if word.endswith("ly") else "A" if re.search(r"..(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word) else "N"
 
 def parse_phrases(words):
-    """Words of a caption -> [(type, [word positions])]: objects, attributes and relations, in order, disjoint.
-    Objects are nouns with the nouns before them; attributes adjectives, numbers and participles, each alone; relations verbs with
-    their prepositions, and prepositions between objects. Words in no phrase (articles, pronouns, forms of be, adverbs) are never masked.
+    """Words -> [(type, [word positions])], in order, disjoint: objects are nouns with the nouns before them; attributes adjectives, numbers
+    and participles, each alone; relations verbs with their prepositions, and prepositions between objects. Other words are never masked.
     >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
     [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
     low, spans, phrases, i = [], [], [], 0               # words joined by hyphens count as one
@@ -218,14 +209,14 @@ def _record(feature_size):
 def write_regions(path, items, source):
     """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
     items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by name).
-    source: JSON-able, where the features came from. The file takes its name only when complete; a killed conversion goes on behind the
-    last image in its log. After the records come a JSON header, its length and a magic word. Raises InputError if there are no images."""
+    source: JSON-able, where they came from. The file takes its name only when complete; a killed conversion goes on behind the last image
+    of its log. After the records come a JSON header, its length and a magic word. Raises InputError if there are no images."""
     part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}      # rows: name -> [count, CRC-32, size, end]
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
         first, *logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]        # whole lines
         rows = {name: row for name, *row in logged if first == [source] and row[3] <= part.stat().st_size}
-    alive, resumed = sys.stderr.isatty(), len(rows)
+    alive, old = sys.stderr.isatty(), len(rows)          # old: stored before this call
     start = told = time.monotonic()
     with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
         data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
@@ -237,8 +228,7 @@ def write_regions(path, items, source):
             rows[name] = [len(records), binascii.crc32(records), features.shape[1], data.tell()]
             lines.write(json.dumps([name, *rows[name]]) + "\n")
             if (now := time.monotonic()) - told > (1 if alive else 10):  # a terminal's line is written over, a log gets few
-                told, rate = now, (len(rows) - resumed) / (now - start)
-                line = f"regions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {rate:.0f} images/s"
+                told, line = now, f"regions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {(len(rows) - old) / (now - start):.0f} images/s"
                 print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
         if not rows:
             raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
@@ -330,8 +320,7 @@ class Data:
         bits = np.zeros(len(words), np.int64)
         for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:62]):       # as many as int64 has bits
             bits[positions] |= 1 << p
-        bits = np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])
-        return [0, *bits[:self.max_text - 2], 0]
+        return [0, *np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])[:self.max_text - 2], 0]
 
     def text(self, split_name, captions):
         """captions (B,) -> input_ids (B,T) long: [CLS] words [SEP], padded to the longest of the batch."""
@@ -353,8 +342,7 @@ class Data:
         steps = np.arange((last - first).max(initial=1))
         real = steps < (last - first)[:, None]                                   # (B,C)
         texts = self.text(split_name, (first[:, None] + steps * real).ravel()).view(*real.shape, -1)
-        texts[~torch.from_numpy(real)] = self.tokenizer.pad_id
-        return texts
+        return texts.where(torch.from_numpy(real)[..., None], self.tokenizer.pad_id)
 
 # ---- published region features ---------------------------------------------------------------------------------------
 GRID = np.array([(0, 0, 4, 4), *((x, y, x + 1, y + 1) for y in range(4) for x in range(4))]) / 4       # the whole picture and 4 x 4 cells
@@ -492,8 +480,7 @@ def _listed(path):
     names = _precomp(path.with_name(f"{split}_ims.npy"))[1]
     if len(texts) != 5 * len(names):
         raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five each are expected")
-    raw = [{"raw": text} for text in texts]
-    return [{"filename": name, "split": split, "sentences": raw[5 * i:5 * i + 5]} for i, name in enumerate(names)]
+    return [{"filename": name, "split": split, "sentences": [{"raw": text} for text in texts[5 * i:5 * i + 5]]} for i, name in enumerate(names)]
 
 def read_captions(paths, left_out):
     """-> [(split, name, COCO id or name, (width, height) or None, first five captions)] of the images in these files."""
@@ -523,11 +510,10 @@ def _stamp(files):
 def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
               min_count=3, max_text=64):
     """Whatever form of a data set lies under root -> Data. Raises InputError.
-    name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given).
-    features: file or folder of the region features, if not below root. phrases: JSON file instead of parse_phrases.
-    tokens, feature_size: of a checkpoint. Without tokens: vocab.txt below root, else words seen min_count times in training captions.
-    store: folder for what is made from the sources, used again while their names, sizes and times are the same.
-    skip_bad: leave out what cannot be used, and count it in Data.notes."""
+    name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given). features: file or folder of
+    the region features, if not below root. phrases: JSON file instead of parse_phrases. skip_bad: leave out what cannot be used, counted in
+    Data.notes. tokens, feature_size: of a checkpoint; without tokens vocab.txt below root, else words seen min_count times in training
+    captions. store: folder for what is made from the sources, used again while their names, sizes and times are the same."""
     captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
     root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
     if captions.suffix != ".json":
@@ -567,9 +553,8 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
         splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
     if not splits:
         raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
-    if tokens is None and (root / "vocab.txt").exists():
-        tokens = _read(root / "vocab.txt")
-    elif tokens is None and "train" not in splits:
+    tokens = tokens or (root / "vocab.txt").exists() and _read(root / "vocab.txt")
+    if not tokens and "train" not in splits:
         raise InputError(f"{captions}: no training captions to find words in; put BERT's vocab.txt under {root}, or give a checkpoint")
     tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
     notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
@@ -649,8 +634,7 @@ def random_scene(rng):
             size, x, y = "small", other.x, other.y
         elif other and rng.random() < 0.2:
             x, y = other.x + rng.uniform(-0.2, 0.2), other.y + rng.uniform(-0.2, 0.2)
-        radius = rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1)
-        new = Thing(shape, colour, size, pattern, x, y, radius)
+        new = Thing(shape, colour, size, pattern, x, y, rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1))
         objects += [new] if clear([*objects, new]) else []
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)), rng.uniform(-1, 1))
 
@@ -689,8 +673,7 @@ def draw(scene, size=112):
         y = (np.arange(top, bottom) + 0.5 - full * thing.y)[:, None] / (full * thing.radius)
         whole, part = inside_shape(thing.shape, x, y), canvas[top:bottom, left:right]
         colour = part[whole] = np.array(COLOURS[thing.colour])
-        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 + 0 * x < 0.5,
-               "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
+        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 < 0.5, "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
                "checked": lambda: (2 * x % 2 < 1) ^ (2 * y % 2 < 1)}[thing.pattern]()
         part[whole & ink] = 0.3 * colour + (0 if colour.sum() > 390 else 178)
     return Image.fromarray(canvas).reduce(3)
@@ -705,11 +688,10 @@ def look(rng, scene):
     return describe_crops(draw(scene), boxes).astype(np.float16), boxes.astype(np.float32)
 
 ADJECTIVES = f"(?:(?:{'|'.join((*COLOURS, *SIZES, *ATTRIBUTES['pattern']))}) )*"
-PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))"
+PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))|(?P<b>between)|(?P<j>and)"
                     rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
                     rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
-                    r"|(?P<b>between)|(?P<j>and)|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)"
-                    rf"|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
+                    rf"|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
 PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; left of A and B (of each); between A and B
 CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
 

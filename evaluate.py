@@ -19,10 +19,9 @@ from data import ATTRIBUTES, BACKGROUNDS, PLURALS, InputError, Split, describes,
 # ---- recall ----------------------------------------------------------------------------------------------------------
 def retrieval_metrics(scores, image_of_caption):
     """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks), in percent.
-    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image; -1 = a
-    caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
-    Ranks are exact: the number of wrong items that score as high as the best right one, or higher; so a tie counts against the query,
-    and so does a score that is not a number. An image without a caption asks nothing."""
+    scores: (C, I) float, the larger the better.  image_of_caption: (C,) long, in any order, any number of captions an image (0: it asks
+    nothing); -1 = a caption of no image, which is only in the way.  Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
+    A rank is the number of wrong items not below the best right one: a tie, or a score that is no number, counts against the query."""
     scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
     if scores.dim() != 2 or owner.shape != scores.shape[:1] or not scores.numel() or owner.max() >= scores.size(1):
         raise ValueError(f"scores (C, I) and image_of_caption (C,) below I wanted, got {(*scores.shape,)}, {(*owner.shape,)}")
@@ -51,19 +50,16 @@ def _precision(line, right, r):
 
 def eccv_metrics(scores, data, split, folder):
     """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
-    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, with
-    coco_test_ids.npy and original_caption_to_image.json, which tell which caption is which.
-    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", "eccv_ir_...", "cxc_..."}."""
-    content, result, captions_of, row, listed = data.splits[split], {}, {}, {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
+    scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, coco_test_ids.npy,
+    original_caption_to_image.json.  Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", .. "cxc_ir_.."}."""
+    content, result, listed = data.splits[split], {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
     if not listed:
         return result
-    folder = listed.parent
+    column, folder = {image_key(name): i for i, name in enumerate(content.images)}, listed.parent
     image_of = json.loads((folder / "original_caption_to_image.json").read_bytes())
-    for caption in np.load(listed, allow_pickle=False).tolist():
-        captions_of.setdefault(str(image_of[str(caption)][0]), []).append(str(caption))
-    column = {image_key(name): i for i, name in enumerate(content.images)}
-    for image, i in column.items():                                                         # its captions in our order
-        row.update(zip(captions_of.get(image, []), (content.image_of_caption == i).nonzero()[:, 0].tolist()))
+    rows_of = {image: iter((content.image_of_caption == i).nonzero()[:, 0].tolist()) for image, i in column.items()}
+    row = {str(caption): at for caption in np.load(listed, allow_pickle=False).tolist()     # an image's captions come in our order
+           if (at := next(rows_of.get(str(image_of[str(caption)][0]), iter(())), None)) is not None}
     ways = ("tr", "image_to_caption", column, row, scores.T), ("ir", "caption_to_image", row, column, scores)
     for name, (way, asked, queries, gallery, table) in itertools.product(("eccv", "cxc"), ways):
         file = folder / f"{name}_{asked}.json"
@@ -93,8 +89,8 @@ def equal_groups(sizes, most):
 
 def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
-    captions: (C,) long, the captions wanted, in that order; None = all.  images: (I,) likewise.  progress: called as progress(pairs
-    done, all). An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow."""
+    captions: (C,) long, those wanted, in that order; None = all.  images: (I,) likewise.  progress: called with pairs done and all.
+    An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow."""
     content = data.splits[split]
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
     images = torch.arange(len(content.images)) if images is None else images
@@ -138,14 +134,13 @@ def judge_words(model, data, split, sentences, images, **options):
 # ---- the paper's analyses, probes on real text -------------------------------------------------------------------------
 KINDS = [*ATTRIBUTES.values(), PLURALS.values(), BACKGROUNDS, ("two", "three", "four"), ("left", "right"),
          ("above", "below", "inside", "touching"), ATTRIBUTES]
-PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str},
-          "foil": {"image_file": str, "caption": str, "foil": str}, "rococo": {"image": str, "caption": list}}
+PROBES = {"sugarcrepe": {"filename": str, "caption": str, "negative_caption": str}, "foil": {"image_file": str, "caption": str, "foil": str},
+          "rococo": {"image": str, "caption": list}}         # fields in {id: entry} or [entry]; a list ends with five altered captions
 
 def word_metrics(discrimination_logits, corrections, sentences, originals, text_mask):
     """Precision and recall of word discrimination, accuracy of word correction, over all words at once, in percent.
-    corrections: logits (N, T, V) or their best words (N, T).  sentences, originals: (N, T).  text_mask: (N, T) bool.
-    Replaced is a word that differs from the original, flagged one whose class 0 is the likelier. Correction is judged at replaced
-    words only. A share of nothing is 0."""
+    corrections: logits (N, T, V) or their best words (N, T), judged at replaced words only.  sentences, originals: (N, T).
+    text_mask: (N, T) bool. Replaced is a word that differs from the original, flagged one whose class 0 is the likelier. 0 / 0 is 0."""
     replaced = (sentences != originals) & text_mask
     flagged = (discrimination_logits[..., 0] > discrimination_logits[..., 1]) & text_mask
     mended = replaced & ((corrections.argmax(-1) if corrections.dim() == 3 else corrections) == originals)
@@ -185,11 +180,10 @@ def false_negative_share(data, split, images, sentences, valid):
     return {"false_negatives": 100 * truth.count(True) / len(truth), "parse": 100 - 100 * truth.count(None) / len(truth)}
 
 def run_probe(path, model, data, split, **options):
-    """One fine-grained test on real text, recognised by the form of its JSON, on those images that have features.
-    SugarCrepe {id: {filename, caption, negative_caption}} and FOIL as VALSE has it {id: {image_file, caption, foil}}: "pairwise", the
-    share of true captions that score above their false ones. FOIL also: word_metrics on the false ones that have as many word pieces
-    as the true, "same_length" of them. RoCOCO [{image, caption: [true .., 5 altered]}]: text recall "tr_r1" .., and "altered_tr_r1" ..
-    with the altered captions in the gallery. All in percent. Also "items" used, "total", "held_out" (with an image of this split).
+    """One fine-grained test on real text, recognised by the form of its JSON (PROBES), on those images that have features.
+    SugarCrepe and VALSE's FOIL: "pairwise", the share of true captions that score above their false ones. FOIL also: word_metrics on the
+    false ones that have as many word pieces as the true, "same_length" of them. RoCOCO: text recall "tr_r1" .., and "altered_tr_r1" ..
+    with the altered captions in the gallery. Also "items" used, "total", "held_out" (with an image of this split).
     The file's name precedes every key. options: device, dtype, score_batch.  Raises InputError for any other file."""
     try:
         items = json.loads(Path(path).read_bytes())
@@ -232,8 +226,7 @@ def _write(pen, x, y, text, colour=INK, size=18, anchor="la"):
 def _draw_rows(path, rows):
     """rows: [(PIL picture or None, lines)], one below the other, a thin rule between them. A line: label, score or None, words (list or
     text), and either no more or a list each with an entry a word: is it orange, is it underlined, what is it corrected to (or None)."""
-    sheet, top = Image.new("RGB", (WIDTH, 900 * len(rows)), "white"), 0
-    pen = ImageDraw.Draw(sheet)
+    top, pen = 0, ImageDraw.Draw(sheet := Image.new("RGB", (WIDTH, 900 * len(rows)), "white"))
     for picture, lines in rows:
         y = top + 12
         if picture:
@@ -256,9 +249,8 @@ def _draw_rows(path, rows):
 
 def draw_negatives(path, rows):
     """For some images: the caption, the hardest retrieved negative, and generated ones with what the heads say of them.
-    rows: list of {"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score),
-    "generated": [(words, score, replaced, flagged, corrected)]}, the last three with an entry a word: was it replaced (bool), does WoD
-    flag it (bool), what does WoC put back (str, or None for nothing to show)."""
+    rows: [{"picture": PIL image, "caption": words or text, "score": s(I, T) in 0..1, "retrieved": (words or text, score), "generated":
+    [(words, score, replaced, flagged, corrected)]}], the last three an entry a word: two bools, and what WoC puts back (str or None)."""
     legend = ("legend", None, ["replaced word ", "flagged by word discrimination", " word"], [True, False, False], [False, True, False],
               [None, None, "what word correction puts back"])
     _draw_rows(path, [(None, [legend]), *((row["picture"], [

@@ -1,9 +1,8 @@
 """Tailored synthetic negatives: mask phrases, refill, filter, select (METHOD 3). Integers in, integers out.
 
-Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each, N = M * K candidates, H kept
-negatives, C captions of an image, V vocabulary, Q masked positions of all sentences together.
-Every mask: True = real / usable. Everything runs on the device of `input_ids`, draws from one torch.Generator, needs no
-gradient and knows neither tokenizer nor network: `fill` and `match` are any two callables
+Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each, N = M * K candidates, H kept negatives,
+C captions of an image, V vocabulary, Q masked positions of all sentences together. Every mask: True = real / usable. Everything runs on
+the device of `input_ids`, draws from one torch.Generator, needs no gradient and knows no tokenizer: `fill` and `match` are any callables
     (input_ids (n, T) long, image index (n,) long in 0..B-1) -> logits (n, T, V), respectively (n,),
 in eval mode, since dropout would blur both the words drawn and the scores compared.
 
@@ -11,8 +10,7 @@ A worked example, M = 1, K = 2, H = 1 (phrases: "two dogs", "running", "on", "gr
     [CLS] two dogs running on grass [SEP]
     [CLS] [MASK] [MASK] running on grass [SEP]     labels: -1 two dogs -1 -1 -1 -1         mask_phrases
     [CLS] two dogs running on grass [SEP]          the caption itself: dropped             refill_masks, drop_non_negatives
-    [CLS] three cows running on grass [SEP]        kept; labels: -1 two dogs -1 -1 -1 -1   select_hardest
-"""
+    [CLS] three cows running on grass [SEP]        kept; labels: -1 two dogs -1 -1 -1 -1   select_hardest"""
 from typing import NamedTuple
 
 import torch
@@ -27,20 +25,15 @@ class Negatives(NamedTuple):
 def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None):
     """Masks whole phrases of each caption, M times over (METHOD 3.1).
     input_ids: (B, T) long.  phrases: (B, P, T) bool membership; a caption without any phrase, or None, masks single words.
-    vocabulary_range: (first, end) of the ordinary word ids; ids outside (special tokens, padding, unknown words) are never masked.
-    A phrase is chosen with `probability`, averaged over its tokens, where a token that lies in f phrases contributes
-    probability / f; if none was chosen, one random phrase is. All tokens of a chosen phrase are masked together: 80% become
-    mask_id, 10% a random word, 10% stay.
-    Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere.
-    A caption without ordinary words comes back unmasked."""
+    vocabulary_range: (first, end) of the ordinary word ids; others (special tokens, padding, unknown words) are never masked.
+    A phrase is chosen with `probability`, averaged over its tokens, where a token that lies in f phrases contributes probability / f; if
+    none was chosen, one random phrase is. All its tokens are masked together: 80% become mask_id, 10% a random word, 10% stay.
+    Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere."""
     (b, t), device, (first, end) = input_ids.shape, input_ids.device, vocabulary_range
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
-    words = torch.eye(t, dtype=torch.bool, device=device).expand(b, t, t)
-    if phrases is None:
-        phrases = words & ordinary[:, None]
-    else:
-        phrases = phrases & ordinary[:, None]
-        phrases = torch.cat((phrases, words & ordinary[:, None] & ~phrases.any(2).any(1)[:, None, None]), 1)  # (B, P, T), P grown by T
+    words = torch.eye(t, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
+    phrases = words[:, :0] if phrases is None else phrases & ordinary[:, None]
+    phrases = torch.cat((phrases, words & ~phrases.flatten(1).any(1)[:, None, None]), 1)  # (B, P, T), P grown by T
     member = phrases.float()
     share = probability / member.sum(1).clamp(min=1)                                    # (B, T)
     chance = (member * share[:, None]).sum(2) / member.sum(2).clamp(min=1)              # (B, P)
@@ -58,10 +51,9 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
 
 def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None):
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
-    masked, labels: (B, M, T) long from `mask_phrases`.  Only ids in vocabulary_range are ever sampled.
-    chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states (n, T, D), and project (q, D) -> (q, V)
-    turns those of the masked positions alone into logits, which spares the vocabulary matrix elsewhere.
-    `labels` may lie on the CPU when all else is on a GPU: then nothing here waits for the GPU.
+    masked, labels: (B, M, T) long from `mask_phrases`; labels may lie on the CPU when all else is on a GPU, and nothing waits for it then.
+    Only ids in vocabulary_range are ever sampled.  chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states
+    (n, T, D), and project (q, D) -> (q, V) turns those of the masked positions alone into logits, which spares the vocabulary elsewhere.
     Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
     (b, m, t), (first, end) = masked.shape, vocabulary_range
     candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)
@@ -88,15 +80,13 @@ def is_true(sentences, positives, pad_id=0):
 def drop_non_negatives(candidates, positives, pad_id=0):
     """Which candidates may serve as negatives: none of the image's own captions, and no duplicate (METHOD 3.3).
     candidates: (B, N, T) long.  positives: (B, C, T') long, the image's own captions padded with pad_id, T' need not be T.
-    Returns valid (B, N) bool. Of equal candidates the first stays. A candidate is only ever dropped for a sentence equal to it
-    word for word; hashes serve to bring equal sentences together."""
-    own = is_true(candidates, positives, pad_id)
+    Returns valid (B, N) bool. Of equal candidates the first stays; hashes only bring them together, words decide."""
     factors = torch.randint(2 ** 62, (candidates.size(2),), generator=torch.Generator().manual_seed(0))
     keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)       # (B, N), wraps around
     order = keys.sort(dim=1, stable=True).indices
     ordered = candidates.gather(1, order[..., None].expand_as(candidates))              # (B, N, T)
     repeat = F.pad((ordered[:, 1:] == ordered[:, :-1]).all(2), (1, 0))                  # (B, N), equals its predecessor
-    return ~own & ~torch.zeros_like(repeat).scatter(1, order, repeat)
+    return ~is_true(candidates, positives, pad_id) & ~torch.zeros_like(repeat).scatter(1, order, repeat)
 
 def select_hardest(scores, valid, h):
     """The h highest-scoring usable candidates of each row (METHOD 3.4).
@@ -122,10 +112,8 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
     masked, labels = masks or mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator)
     candidates = refill_masks(fill, masked, labels, vocabulary_range, refills, temperature, generator, chunk_size, project)
     usable = drop_non_negatives(candidates, positives, pad_id)  # (B, N)
-    scores = _score_usable(match, candidates, usable, chunk_size)
-    index, valid = select_hardest(scores, usable, hard)
-    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2)))  # (B, H, T)
-    sentences = torch.where(valid[..., None], sentences, pad_id)
+    index, valid = select_hardest(_score_usable(match, candidates, usable, chunk_size), usable, hard)
+    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2))).where(valid[..., None], pad_id)  # (B, H, T)
     replaced = valid[..., None] & (sentences != input_ids[:, None])
     return Negatives(sentences, valid, torch.where(replaced, input_ids[:, None], -1))
 

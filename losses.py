@@ -1,9 +1,7 @@
 """The training objective of TAGS-DC, one function a term: tensors in, a scalar out (METHOD 2-5).
 
 Letters: B pairs, H negatives of a pair, T text positions, V vocabulary.
-Every mask says True = real / usable; every label -1 = no target here. A term without any target is 0 and passes a zero
-gradient, so a batch may lose all its negatives without a division by zero.
-"""
+Every mask says True = real / usable; every label -1 = no target here. A term without any target is 0 and passes a zero gradient."""
 import math
 
 import torch
@@ -13,9 +11,8 @@ import torch.nn.functional as F
 FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 before the logarithm
 
 def masked_mean(values, valid):
-    """Mean of `values` where `valid` (bool, same shape); 0 where nothing is valid. A scalar.
-    Among several processes the sum is divided by the mean count of all, so that the average of their gradients is the
-    gradient of the joint batch, however unevenly the valid entries lie."""
+    """Mean of `values` where `valid` (bool, same shape), a scalar; 0 if nothing is valid. Among several processes the sum is divided by
+    the mean count of all, so that the average of their gradients is that of the joint batch, however unevenly the valid entries lie."""
     total, processes = valid.sum().float(), 1
     if dist.is_available() and dist.is_initialized():
         processes = dist.get_world_size()
@@ -24,10 +21,8 @@ def masked_mean(values, valid):
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None):
     """mean [margin + s(negative) - s(positive)]+ over all usable negatives, not only the hardest (METHOD 2 and 3.5).
-    positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.
-    negatives: (B, H) float, scores in [0, 1] of the pairs that must lie `margin` below.
-    valid: (B, H) bool, True = a usable negative; None = all are.
-    Returns a scalar: the mean over the usable entries of the whole batch. Agrees with the official rank loss.
+    positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.  negatives: (B, H) float, those of the pairs that must
+    lie `margin` below.  valid: (B, H) bool, True = a usable negative; None = all are.  Agrees with the official rank loss.
     Raises ValueError when the shapes do not belong together."""
     if positive.dim() != 1 or negatives.dim() != 2 or negatives.size(0) != positive.size(0):
         raise ValueError(f"positive must be (B,) and negatives (B, H), got {tuple(positive.shape)} and {tuple(negatives.shape)}")
@@ -40,17 +35,15 @@ def matching_loss(logits, matches):
     return masked_mean(cost, torch.ones_like(cost, dtype=torch.bool))
 
 def masked_lm_loss(logits, labels):
-    """Cross-entropy of the MLM head at the masked positions (METHOD 3.5).
-    logits: (..., V) float; labels: (...) long, the original word or -1 where nothing was masked.
-    Returns the mean over labelled positions; (B, T, V) and already selected (Q, V) logits give the same."""
+    """Cross-entropy of the MLM head at the masked positions (METHOD 3.5), a mean over them.
+    logits: (..., V) float, of all positions or the masked alone; labels: (...) long, the original word or -1 where nothing was masked."""
     cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
     return masked_mean(cost, labels.flatten() >= 0)
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
     """Which words were replaced? Weighted cross-entropy over every text position (METHOD 4).
-    logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.
-    Replaced words weigh 1, original ones `original_weight`, because few words are replaced. Divides by the number of
-    positions ([CLS] and [SEP] included), not by the weight sum, as the official code does."""
+    logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.  Few words are replaced: those
+    weigh 1, original ones `original_weight`. Divides by the number of positions ([CLS], [SEP] too), not by the weight sum, as officially."""
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
     return masked_mean(cost, text_mask)

@@ -1,9 +1,7 @@
 """The one-stream image-text encoder (UNITER) with the four heads of TAGS-DC (METHOD 1 and 4).
 
-Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that
-are prepared once and then met in N pairs. Every mask: True = real, False = padding.
-A sequence holds the T text positions first ([CLS] w1 .. wn [SEP], padded), then the R regions (padded).
-"""
+Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that are
+prepared once and then met in N pairs. Every mask: True = real. A sequence: T text positions ([CLS] w1 .. wn [SEP], padded), then R regions."""
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +85,6 @@ class RegionEmbedding(nn.Module):
 
 class Layer(nn.Module):
     """One post-norm BERT layer. `queries` rows of the input come out; keys and values are always all of it."""
-
     def __init__(self, c):
         super().__init__()
         self.heads, self.p = c.heads, c.dropout
@@ -100,27 +97,22 @@ class Layer(nn.Module):
 
     def first_row(self, x, mask, qkv=None):
         """The same for row 0 ([CLS]) alone, all that matching needs of the last layer: (N, S, D) -> (N, 1, D)."""
-        if qkv is not None:
-            q, k, v = qkv.chunk(3, -1)
-            return self.mix(x[:, :1], q[:, :1], k, v, mask)
-        d = x.size(-1)
-        q = F.linear(x[:, :1], self.qkv.weight[:d], self.qkv.bias[:d])
-        return self.mix(x[:, :1], q, *F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, -1), mask)
+        row, d = x[:, :1], x.size(-1)
+        q = F.linear(row, self.qkv.weight[:d], self.qkv.bias[:d]) if qkv is None else qkv[:, :1, :d]
+        kv = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]) if qkv is None else qkv[..., d:]
+        return self.mix(row, q, *kv.chunk(2, -1), mask)
 
     def mix(self, x, q, k, v, mask):  # x, q (N, Q, D); k, v (N, S, D) -> (N, Q, D)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, heads, Q or S, D / heads)
-        dropout_p = self.p if self.training else 0.0
         if torch.is_grad_enabled() and q.device.type == "cpu":  # there the bfloat16 backward of fused attention is 8x slower
-            with torch.autocast("cpu", enabled=False):
-                context = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout_p)
-        else:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
         x = self.attention_norm(x + self.dropout(self.out(context.transpose(1, 2).flatten(2))))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 class WordHead(nn.Module):
     """BERT's masked-LM head, its decoder tied to the word embeddings it is handed; used for MLM and for word correction."""
-
     def __init__(self, c):
         super().__init__()
         self.transform, self.norm = nn.Linear(c.hidden, c.hidden), _norm(c.hidden)
@@ -131,7 +123,6 @@ class WordHead(nn.Module):
 
 class TagsDC(nn.Module):
     """UNITER with a matching, a masked-LM, a word-discrimination and a word-correction head on one shared encoder."""
-
     def __init__(self, config):
         super().__init__()
         if config.hidden % config.heads:
@@ -158,11 +149,9 @@ class TagsDC(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, input_ids, features, boxes, text_mask, region_mask):
-        """Encodes B pairs.
-        input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h, w*h),
-        text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
-        Returns hidden (B, T + R, D): the text positions first, then the regions. Rows of padding are meaningless, and no
-        real row depends on them."""
+        """Encodes B pairs: input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h,
+        w*h), text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
+        Returns hidden (B, T + R, D), text positions first. Rows of padding are meaningless, and no real row depends on them."""
         return self._encode(self._join(self.prepare_text(input_ids, text_mask), self.prepare_regions(features, boxes, region_mask)))
 
     def prepare_text(self, input_ids, text_mask=None):
@@ -195,10 +184,8 @@ class TagsDC(nn.Module):
 
     @staticmethod
     def _join(text, image):
-        mask = None
-        if text.mask is not None or image.mask is not None:
-            masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image)]
-            mask = torch.cat(masks, 1)[:, None, None]  # (N, 1, 1, S)
+        masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image)]
+        mask = None if text.mask is None and image.mask is None else torch.cat(masks, 1)[:, None, None]  # (N, 1, 1, S)
         return Prepared(torch.cat((text.states, image.states), 1), torch.cat((text.qkv, image.qkv), 1), mask)
 
     def _encode(self, pair, cls_only=False):  # -> (N, S, D), or (N, 1, D)
@@ -207,7 +194,7 @@ class TagsDC(nn.Module):
             step = layer.first_row if cls_only and layer is self.layers[-1] else layer
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(step, x, pair.mask, qkv, use_reentrant=False) if recompute else step(x, pair.mask, qkv)
-            qkv = None
+            qkv = None  # later layers make their own
         return x
 
     def match(self, hidden):
@@ -233,36 +220,30 @@ class TagsDC(nn.Module):
 
     def load_uniter(self, state_dict):
         """Takes weights under official UNITER or TAGS names, in place (METHOD 1).
-        Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names,
-        and fine-tuned TAGS (`rank_output`, `disc_output`, `correction_output`). Heads that are missing: `rank_output` takes the
-        "match" row of `itm_output`, `disc_output` a copy of it, `correction_output` a copy of the MLM head.
+        Understands pre-trained UNITER (`uniter.*`, `cls.*`, `itm_output.*`), the older `bert.*` prefix and gamma / beta names, and fine-tuned
+        TAGS. If heads are missing, `rank_output` copies the "match" row of `itm_output`, `disc_output` all of it, `correction_output` `cls`.
         Returns {"loaded": [official names], "initialised": ["name from name"], "ignored": [official names]}.
         Raises ValueError, changing nothing, when a part of the encoder is missing or a shape does not fit the config."""
         state, initialised = _official(state_dict), []
         given = set(state)
-
-        def fall_back(name, source, rows=slice(None)):
+        for name, source, rows in (("rank_output.", "itm_output.", slice(1, 2)), ("disc_output.", "itm_output.", slice(None)),
+                                   ("correction_output.predictions.", "cls.predictions.", slice(None))):
             for key in [k for k in state if k.startswith(source) and k.replace(source, name) not in state]:
                 state[key.replace(source, name)] = state[key][rows].clone()
                 initialised.append(f"{key.replace(source, name)} from {key}")
-        fall_back("rank_output.", "itm_output.", slice(1, 2))
-        fall_back("disc_output.", "itm_output.")
-        fall_back("correction_output.predictions.", "cls.predictions.")
-        own, fitted = self.state_dict(), {}
-        for name, parts in self._official_names().items():
+        own, names = self.state_dict(), self._official_names()
+        for name, parts in names.items():
             for part, place in zip(parts, own[name].chunk(len(parts))):
                 if part in state and state[part].shape != place.shape:
-                    raise ValueError(f"{part} is {tuple(state[part].shape)}, the model needs {tuple(place.shape)}: check the sizes and the vocabulary")
+                    raise ValueError(
+                        f"{part} is {(*state[part].shape,)}, the model needs {(*place.shape,)}: check the sizes and the vocabulary")
                 if part not in state and part.startswith("uniter."):
                     raise ValueError(f"not complete UNITER weights: {part} is missing")
-            if parts[0] in state:
-                fitted[name] = torch.cat([state[part] for part in parts])
-            else:
-                initialised.append(f"{parts[0]} at random")
+        fitted = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items() if parts[0] in state}
+        initialised += [f"{names[name][0]} at random" for name in names if name not in fitted]
         self.load_state_dict({**own, **fitted})
         words = state["uniter.embeddings.word_embeddings.weight"]
-        tied = {name for name in _TIED if name in state and torch.equal(state[name], words)}  # an untied decoder has no place here
-        used = {part for parts in self._official_names().values() for part in parts} | tied
+        used = {name for name in _TIED if name in state and torch.equal(state[name], words)}.union(*names.values())  # an untied one is ignored
         self.uniter_extras = {key: state[key].clone() for key in sorted(given - used)}
         return {"loaded": sorted(given & used), "initialised": initialised, "ignored": sorted(given - used)}
 
@@ -275,23 +256,20 @@ class TagsDC(nn.Module):
 
     def _official_names(self):
         """{our name: [official names whose rows, one below the other, make it]}."""
-        names = {}
-        for name in self.state_dict():
-            module, leaf = name.rsplit(".", 1)
-            layer = re.match(r"layers\.(\d+)\.(\w+)", module)
-            parts = [f"uniter.encoder.layer.{layer[1]}.{part}" for part in _LAYER_NAMES[layer[2]]] if layer else [_NAMES[module]]
-            names[name] = [f"{part}.{leaf}" for part in parts]
-        return names
+        table = {module: [official] for module, official in _NAMES.items()} | {
+            f"layers.{n}.{part}": [f"uniter.encoder.layer.{n}.{name}" for name in names]
+            for n in range(self.config.layers) for part, names in _LAYER_NAMES.items()}
+        return {name: [f"{part}.{leaf}" for part in table[module]] for name in self.state_dict() for module, leaf in [name.rsplit(".", 1)]}
 
-_NAMES = {"text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings",
-          "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings",
+_NAMES = {"text.word": "uniter.embeddings.word_embeddings", "text.position": "uniter.embeddings.position_embeddings", "rank": "rank_output",
+          "text.norm": "uniter.embeddings.LayerNorm", "token_type": "uniter.embeddings.token_type_embeddings", "discrimination": "disc_output",
           "region.feature": "uniter.img_embeddings.img_linear", "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
           "region.box": "uniter.img_embeddings.pos_linear", "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
-          "region.norm": "uniter.img_embeddings.LayerNorm", "pooler": "uniter.pooler.dense", "rank": "rank_output", "discrimination": "disc_output",
-          "mlm": "cls.predictions", "mlm.transform": "cls.predictions.transform.dense", "mlm.norm": "cls.predictions.transform.LayerNorm"}
-_NAMES |= {name.replace("mlm", "correction"): official.replace("cls.", "correction_output.") for name, official in _NAMES.items() if "mlm" in name}
-_LAYER_NAMES = {"qkv": [f"attention.self.{part}" for part in ("query", "key", "value")], "out": ["attention.output.dense"], "down": ["output.dense"],
-                "attention_norm": ["attention.output.LayerNorm"], "up": ["intermediate.dense"], "norm": ["output.LayerNorm"]}
+          "region.norm": "uniter.img_embeddings.LayerNorm", "pooler": "uniter.pooler.dense"}
+_NAMES |= {ours + place: f"{theirs}.predictions{official}" for ours, theirs in (("mlm", "cls"), ("correction", "correction_output"))
+           for place, official in (("", ""), (".transform", ".transform.dense"), (".norm", ".transform.LayerNorm"))}
+_LAYER_NAMES = dict(qkv=[f"attention.self.{part}" for part in ("query", "key", "value")], out=["attention.output.dense"],
+                    attention_norm=["attention.output.LayerNorm"], up=["intermediate.dense"], down=["output.dense"], norm=["output.LayerNorm"])
 _TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
 
 def _official(state_dict):
