@@ -1,5 +1,4 @@
 """Tailored synthetic negatives: mask phrases, refill, filter, select (METHOD 3). Integers in, integers out.
-
 Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each, N = M * K candidates, H kept negatives,
 C captions of an image, V vocabulary, Q masked positions of all sentences together. Every mask: True = real / usable. Everything runs on
 the device of `input_ids`, draws from one torch.Generator, needs no gradient and knows no tokenizer: `fill` and `match` are any callables
@@ -49,11 +48,14 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, random_words, original))
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
-def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None):
+def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None,
+                 truth_threshold=1.0):
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
     masked, labels: (B, M, T) long from `mask_phrases`; labels may lie on the CPU when all else is on a GPU, and nothing waits for it then.
     Only ids in vocabulary_range are ever sampled.  chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states
     (n, T, D), and project (q, D) -> (q, V) turns those of the masked positions alone into logits, which spares the vocabulary elsewhere.
+    truth_threshold: a word that `fill` believes in with a higher probability is never sampled, for it is likely true of the image; the
+    original is exempt, so that single words of a phrase can be wrong. 1 = off, as in the paper.
     Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
     (b, m, t), (first, end) = masked.shape, vocabulary_range
     candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)
@@ -62,6 +64,9 @@ def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=
         row, column = (targets >= 0).nonzero().to(masked.device, non_blocking=True).unbind(1)  # (q,) each
         states = fill(rows[:, 0], images)[row, column]
         logits = (project(states) if project else states)[:, first:end].float()       # (q, V)
+        if truth_threshold < 1:
+            original = targets[targets >= 0].to(logits.device, non_blocking=True)[:, None] - first  # (q, 1)
+            logits = logits.masked_fill((logits.softmax(-1) > truth_threshold).scatter(1, original, False), float("-inf"))
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
         uniform = torch.rand(len(row), refills, device=masked.device, generator=generator)
         words = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (q, K)
@@ -101,7 +106,8 @@ def select_hardest(scores, valid, h):
 
 @torch.no_grad()
 def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, vocabulary_range, pad_id=0, maskings=20, refills=20,
-                     hard=31, temperature=1.5, probability=0.15, generator=None, chunk_size=512, project=None, masks=None):
+                     hard=31, temperature=1.5, probability=0.15, generator=None, chunk_size=512, project=None, masks=None,
+                     truth_threshold=1.0):
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select (METHOD 3).
     fill, match: the two callables of the module docstring.  input_ids: (B, T) long.  phrases: (B, P, T) bool, or None.
     positives: (B, C, T') long, all true captions of each image, the anchor among them, padded with pad_id.
@@ -110,7 +116,7 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
     Returns Negatives(sentences, valid, labels). Valid sentences are pairwise different within a row, hardest first, hold no
     special token that the caption lacks, and equal none of `positives`; the others are all padding with labels of -1."""
     masked, labels = masks or mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator)
-    candidates = refill_masks(fill, masked, labels, vocabulary_range, refills, temperature, generator, chunk_size, project)
+    candidates = refill_masks(fill, masked, labels, vocabulary_range, refills, temperature, generator, chunk_size, project, truth_threshold)
     usable = drop_non_negatives(candidates, positives, pad_id)  # (B, N)
     index, valid = select_hardest(_score_usable(match, candidates, usable, chunk_size), usable, hard)
     sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2))).where(valid[..., None], pad_id)  # (B, H, T)

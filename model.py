@@ -1,5 +1,4 @@
 """The one-stream image-text encoder (UNITER) with the four heads of TAGS-DC (METHOD 1 and 4).
-
 Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary, F feature size; A captions and I images that are
 prepared once and then met in N pairs. Every mask: True = real. A sequence: T text positions ([CLS] w1 .. wn [SEP], padded), then R regions."""
 import re

@@ -1,8 +1,6 @@
-"""TAGS-DC from one command: train, evaluate, search (see README.md; METHOD numbers are those of the paper's sections).
-
+"""TAGS-DC from one command: train, evaluate, search (see README.md).
 Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text positions, R regions, M maskings,
-K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable.
-"""
+K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable."""
 import argparse
 import itertools
 import json
@@ -27,7 +25,7 @@ import losses
 from model import PRESETS, Config, TagsDC
 
 # The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
-RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, margin=0.2, dropout=0.1, lambda_wod=5e-4, lambda_woc=5e-4)
+RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, truth_threshold=1.0, margin=0.2, dropout=0.1, lambda_wod=5e-4, lambda_woc=5e-4)
 RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
     "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
     "coco-base-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
@@ -48,10 +46,10 @@ def draw_pairs(split, count, rng):
     return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
 
 def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
-    """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked.
-    rng: a CPU torch.Generator: what is random is drawn on the CPU, so that no size need be asked of a GPU.
-    Returns a dict of tensors on `device`: input_ids (P, T), anchor_ids (B, T), own (P, C, T') all true captions of each image,
-    features (P, R, F), boxes (P, R, 7), region_mask (P, R), masked (B, M, T); and labels (B, M, T), which stays on the CPU."""
+    """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked. All that is random is
+    drawn on the CPU by rng, so that no size need be asked of a GPU. Returns a dict of tensors on `device`: input_ids (P, T),
+    anchor_ids (B, T), own (P, C, T') all true captions of each image, features (P, R, F), boxes (P, R, 7), region_mask (P, R),
+    masked (B, M, T); and labels (B, M, T), which stays on the CPU."""
     images, phrases = data.splits[split].image_of_caption[captions], data.phrases(split, captions[:anchors])
     input_ids = data.text(split, captions)
     anchor_ids = input_ids[:anchors, :phrases.size(2)]
@@ -61,9 +59,8 @@ def make_batch(data, split, captions, anchors, device, rng, maskings, probabilit
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels}
 
 def retrieve_negatives(model, texts, images, batch, args):
-    """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2).
-    Returns for both directions index (B, H) long into the pool and valid (B, H) bool. A caption that equals, word for
-    word, one of an image's own is never its negative, nor the image the caption's."""
+    """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2): index (B, H) long into the
+    pool and valid (B, H) bool of each. A caption that equals one of an image's own is never its negative, nor the image the caption's."""
     b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
     pool, rest = torch.arange(p, device=ids.device), torch.arange(b, p, device=ids.device)  # the anchors meet each other once
     scores = model.score_pairs(texts, torch.cat((pool[:b].repeat_interleave(p), rest.repeat_interleave(b))),
@@ -72,8 +69,7 @@ def retrieve_negatives(model, texts, images, batch, args):
     text_scores = torch.cat((image_scores[:, :b], scores[b * p:].view(p - b, b))).T  # (B, P)
     false_images = ~generate.is_true(ids[:b].expand(p, b, -1), own).T               # (B, P)
     false_texts = ~generate.is_true(ids.expand(b, p, -1), own[:b])                  # (B, P)
-    hard = min(args.hard, p)
-    return generate.select_hardest(image_scores, false_images, hard), generate.select_hardest(text_scores, false_texts, hard)
+    return tuple(generate.select_hardest(*each, min(args.hard, p)) for each in ((image_scores, false_images), (text_scores, false_texts)))
 
 def write_negatives(model, images, batch, tokenizer, args, rng):
     """`generate.tailor_negatives` for the anchors of a batch, this model's heads over prepared images being its fill and match."""
@@ -90,11 +86,10 @@ def write_negatives(model, images, batch, tokenizer, args, rng):
     return generate.tailor_negatives(
         fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=tokenizer.word_range, pad_id=pad,
         refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch, project=model.fill,
-        masks=(batch["masked"], batch["labels"]))
+        masks=(batch["masked"], batch["labels"]), truth_threshold=args.truth_threshold)
 
 class Objective(torch.nn.Module):
     """The losses of one batch, so that a data-parallel wrapper sees one forward call for them all (METHOD 5)."""
-
     def __init__(self, model, tokenizer, args):
         super().__init__()
         self.model, self.pad, self.args = model, tokenizer.pad_id, args
@@ -116,10 +111,9 @@ class Objective(torch.nn.Module):
             scores = model.score_pairs(texts, torch.cat((row, every, text_index.flatten())),
                                        images, torch.cat((row, image_index.flatten(), every))).sigmoid()
             positive, false_images, false_texts = scores[:b], scores[b:b + b * h].view(b, h), scores[b + b * h:].view(b, h)
-            hard_text = losses.triplet_loss(positive, false_texts, margin, text_valid)
-            hard_image = losses.triplet_loss(positive, false_images, margin, image_valid)
-            terms["hard"] = hard_text + hard_image
-            seen.update(hard_text=hard_text, hard_image=hard_image, positive=positive.mean(), retrieved=losses.masked_mean(false_texts, text_valid))
+            seen.update(hard_text=losses.triplet_loss(positive, false_texts, margin, text_valid), positive=positive.mean(),
+                        hard_image=losses.triplet_loss(positive, false_images, margin, image_valid), retrieved=losses.masked_mean(false_texts, text_valid))
+            terms["hard"] = seen["hard_text"] + seen["hard_image"]
         if negatives:
             sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
             flat, h = sentences.flatten(0, 1), sentences.size(1)
@@ -170,19 +164,15 @@ def phase_plan(args):
     if args.init:
         shares.pop("warmup", None)
     given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
-    names = [phase for phase in PHASES if shares.get(phase)]
-    ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares[name] for name in names)]
-    plan = []
-    for name, begin, end in zip(names, [0, *ends], ends):
-        weights = {term: given[term] for term in PHASES[name] if given[term]}
-        plan.append((name, end - begin, weights | {"mlm": 1.0}, args.warmup_lr) if name == "warmup" else (name, end - begin, weights, args.lr))
+    ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares.get(name, 0) for name in PHASES)]
+    plan = [(name, end - begin, {term: given[term] for term in PHASES[name] if given[term]} | ({"mlm": 1.0} if name == "warmup" else {}),
+             args.warmup_lr if name == "warmup" else args.lr) for name, begin, end in zip(PHASES, [0, *ends], ends)]
     return [phase for phase in plan if phase[1]]
 
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
-    terminal = sys.stdout.isatty()
     if world()[0] == 0:
-        print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+        print("\r\033[K" * sys.stdout.isatty() + text, end="" if passing and sys.stdout.isatty() else "\n", flush=True)
 
 def write_atomically(path, write):
     """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
@@ -196,17 +186,14 @@ def world():
 class Run:
     """A training run: the model, where it stands, and all that its checkpoints hold. With several processes each draws its
     own batches and pools; the first one alone writes."""
-
     def __init__(self, args, data, model, device):
         self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
         self.plan, self.rank = phase_plan(args), world()[0]
         self.objective, self.optimizer = Objective(model, data.tokenizer, args), None
         if world()[1] > 1:  # a term that is off, or a phase without it, leaves heads without gradient
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
-        self.rng = torch.Generator().manual_seed(args.seed + self.rank)                   # batches and masks, on the CPU
-        self.device_rng = torch.Generator(device).manual_seed(args.seed + self.rank)      # refills
-        self.at = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[])
-        self.signal, self.started = 0, time.time()
+        self.rng, self.device_rng = (torch.Generator(where).manual_seed(args.seed + self.rank) for where in ("cpu", device))  # batches; refills
+        self.at, self.signal, self.started = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[]), 0, time.time()
 
     def new_optimizer(self):
         """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
@@ -305,8 +292,8 @@ class Run:
             self.save("last.pt")
         if self.rank == 0:
             names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
-            lines = [names, *([row.get(name, "") for name in names] for row in self.at["log"])]
-            write_atomically(self.out / "log.csv", lambda path: path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines)))
+            table = "".join(",".join(str(line.get(name, "")) for name in names) + "\n" for line in [dict(zip(names, names)), *self.at["log"]])
+            write_atomically(self.out / "log.csv", lambda path: path.write_text(table))
 
 def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
@@ -319,7 +306,7 @@ def load_checkpoint(path, own=False):
     return state
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
-def scoring(args, device):
+def scoring(args, device):  # what every function of evaluate.py is told
     return dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
 
 def scores_of(model, data, split, args, device, images=None):
@@ -338,9 +325,8 @@ def scores_of(model, data, split, args, device, images=None):
     return scores.cpu(), owner
 
 def tailored_examples(model, data, split, captions, args, device):
-    """Generated negatives of some captions of a split, and what the heads say of them. The same seed gives the same negatives.
-    Returns a dict of CPU tensors: captions (N,), images (N,), originals (N, T), sentences (N, H, T), valid (N, H), scores (N, H),
-    discrimination (N, H, T, 2) logits, corrections (N, H, T) long."""
+    """Generated negatives of some captions of a split, and what the heads say of them, the same for the same seed: CPU tensors captions,
+    images (N,), originals (N, T), sentences, corrections (N, H, T), valid, scores (N, H), discrimination (N, H, T, 2) logits."""
     batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
     with evaluate.inference(model, device, args.dtype):
         regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
@@ -348,8 +334,8 @@ def tailored_examples(model, data, split, captions, args, device):
     images = data.splits[split].image_of_caption[captions]
     pairs = (model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard))
     discrimination, corrections = evaluate.judge_words(*pairs, **scoring(args, device))
-    scores = evaluate.score_sentences(*pairs, **scoring(args, device)).sigmoid()
-    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid, scores=scores.view_as(valid),
+    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid,
+                scores=evaluate.score_sentences(*pairs, **scoring(args, device)).sigmoid().view_as(valid),
                 discrimination=discrimination.unflatten(0, valid.shape), corrections=corrections.view_as(sentences))
 
 def final_split(data):
@@ -358,8 +344,7 @@ def final_split(data):
 
 def test_report(model, data, split, args, device):
     """Everything measured on a split -> ({metric: value}, score matrix, the generated examples)."""
-    content = data.splits[split]
-    scores, owner = scores_of(model, data, split, args, device)
+    content, (scores, owner) = data.splits[split], scores_of(model, data, split, args, device)
     metrics = evaluate.retrieval_metrics(scores, owner)
     if data.name == "coco" and len(content.images) == 5000:
         metrics.update({f"1k_{name}": value for name, value in evaluate.fold_metrics(scores, owner).items()})
@@ -382,16 +367,15 @@ def picture_negatives(path, data, split, scores, made, count=6):
     """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
     content, decode, rows = data.splits[split], data.tokenizer.tokens.__getitem__, []
     for n in torch.linspace(0, len(made["captions"]) - 1, count).long().tolist():
-        caption, image = made["captions"][n].item(), made["images"][n].item()
+        caption, image, generated = made["captions"][n].item(), made["images"][n].item(), []
         false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
-        worst, generated = false.argmax().item(), []
         for h in made["valid"][n].nonzero()[:3, 0].tolist():
             ids, flagged = made["sentences"][n, h], (made["discrimination"][n, h].argmin(1) == 1).tolist()
             words = range(1, (ids != data.tokenizer.pad_id).sum().item() - 1)
             generated.append(([decode(ids[i]) for i in words], made["scores"][n, h].item(), [(ids[i] != made["originals"][n, i]).item() for i in words],
                               [flagged[i] for i in words], [decode(made["corrections"][n, h, i]) if flagged[i] else None for i in words]))
         rows.append(dict(picture=evaluate.picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
-                         retrieved=(content.captions[worst], false[worst].sigmoid().item()), generated=generated))
+                         retrieved=(content.captions[false.argmax()], false.max().sigmoid().item()), generated=generated))
     evaluate.draw_negatives(path, rows)
 
 TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "text"), ("ir", "image")) for k in (1, 5, 10)} | {
@@ -403,8 +387,7 @@ TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "te
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
     split, out, warmup = final_split(data), Path(args.out), state["warmup"] or {}
-    content = data.splits[split]
-    metrics, scores, made = test_report(model, data, split, args, device)
+    content, (metrics, scores, made) = data.splits[split], test_report(model, data, split, args, device)
     if world()[0] > 0:
         return
     for path in args.probe:
@@ -424,8 +407,7 @@ def finish(args, data, model, device, state):
 
 def search(args, data, model, device, count=6):
     """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
-    split = final_split(data)
-    content, out, picture = data.splits[split], Path(args.out), None
+    content, out, picture = data.splits[split := final_split(data)], Path(args.out), None
     if args.query:
         unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
         if unknown or not args.query.strip():
@@ -442,9 +424,8 @@ def search(args, data, model, device, count=6):
     best = scores.topk(min(count, len(scores))).indices.tolist()
     results = [(evaluate.picture_of(data, split, i), content.images[i], scores[i].item()) if args.query else
                (None, content.captions[i] + "  (its own)" * bool(content.image_of_caption[i] == own), scores[i].item()) for i in best]
-    say("\n".join(f"{score:.4f}  {text}" for _, text, score in results))
     evaluate.draw_search(out / "search.png", args.query or args.image, picture, results)
-    say(f"drawn as {out / 'search.png'}")
+    say("\n".join(f"{score:.4f}  {text}" for _, text, score in results) + f"\ndrawn as {out / 'search.png'}")
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 def parse_arguments(argv):
@@ -489,6 +470,7 @@ def parse_arguments(argv):
     add("--maskings", type=int, default=4, help="maskings of each caption (paper: 20)")
     add("--refills", type=int, default=4, help="refills of each masking (paper: 20)")
     add("--temperature", type=float, default=2.0, help="of the refilling (paper: 1.5)")
+    add("--truth-threshold", type=float, default=0.1, help="likelier words are taken for true and not refilled (paper: 1, no such filter)")
     add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
     for term, default, text in (("tags", 1.0, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
                                 ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
@@ -506,8 +488,7 @@ def parse_arguments(argv):
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
     known = vars(parser.parse_known_args(argv)[0])
     name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
-    if known["recipe"]:
-        parser.set_defaults(**RECIPES[known["recipe"]])
+    parser.set_defaults(out=name, **RECIPES.get(known["recipe"], {}))
     if known["quick"]:
         parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
@@ -515,8 +496,6 @@ def parse_arguments(argv):
         of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")
         kept = load_checkpoint(source, own=True)["arguments"]
         parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
-    else:
-        parser.set_defaults(out=name)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         zero = name.startswith("lambda_") or name in ("dropout", "words_first", "seed")
@@ -572,7 +551,7 @@ def make_model(args, data, given):
 def main(argv=None):
     """The command; returns its exit code."""
     try:
-        return run(parse_arguments(argv))
+        return run(parse_arguments(argv)) or 0
     except (datasets.InputError, OSError) as fault:
         print(f"tagsdc.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
@@ -581,7 +560,7 @@ def main(argv=None):
         return 130
 
 def run(args):
-    """Loads data and model, then trains, evaluates or searches. Returns the exit code."""
+    """Loads data and model, then trains, evaluates or searches. Returns an exit code if the run was interrupted."""
     device, args.dtype = hardware(args)
     if "LOCAL_RANK" in os.environ:  # started by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -589,8 +568,7 @@ def run(args):
     state = load_checkpoint(source, own=True) if source else None
     given = load_checkpoint(args.init) if args.init and not state else state
     torch.manual_seed(args.seed + world()[0])
-    store = Path(args.out) / "data"
-    store.mkdir(parents=True, exist_ok=True)
+    (store := Path(args.out) / "data").mkdir(parents=True, exist_ok=True)
     if world()[0] > 0:
         dist.barrier()  # the first process converts the data, the others then find it done
     data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
@@ -603,8 +581,7 @@ def run(args):
     model = make_model(args, data, given).to(device)
     model.checkpointing = args.recompute
     if args.query or args.image:
-        search(args, data, model, device)
-        return 0
+        return search(args, data, model, device)
     if not args.eval:
         if "train" not in data.splits:
             raise datasets.InputError(f"{args.data}: no captions of the train split to learn from; --eval CHECKPOINT needs none")
@@ -615,8 +592,7 @@ def run(args):
             say(f"interrupted; {args.out}/last.pt is saved, --resume goes on")
             return 128 + training.signal
         state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
-    finish(args, data, model, device, state)
-    return 0
+    return finish(args, data, model, device, state)
 
 if __name__ == "__main__":
     sys.exit(main())

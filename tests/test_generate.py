@@ -621,3 +621,18 @@ def test_special_tokens_are_never_sampled_however_likely():
     made = tailor(*callables(model, features, boxes), refills=8)
     assert made.valid.all()
     check_invariants(made, CAPTIONS, OWN, PHRASES)
+
+
+def test_words_that_the_writer_believes_in_are_not_written_but_the_original_may_stay():
+    """Believed above the threshold: word 6 (0.6) and the original 5 (0.3), at both masked positions; 7, 8, 9 share the rest."""
+    belief = torch.zeros(12).index_fill(0, torch.arange(12), 1e-6)
+    belief[5:10] = torch.tensor([0.3, 0.6, 0.04, 0.03, 0.03])
+    def fill(ids, image):
+        return belief.log().expand(*ids.shape, 12)
+    masked, labels = torch.tensor([[[2, 4, 4, 3]]]), torch.tensor([[[-1, 5, 5, -1]]])
+    made = {threshold: generate.refill_masks(fill, masked, labels, (5, 12), 2000, 1.0, torch.Generator().manual_seed(0), truth_threshold=threshold)
+            for threshold in (1.0, 0.1)}
+    assert (made[1.0][..., 1:3] == 6).float().mean() > 0.5
+    words = made[0.1][..., 1:3]
+    assert not (words == 6).any() and ((words == 5) ^ (words >= 7)).all()
+    assert abs((words == 5).float().mean().item() - 0.3 / 0.4) < 0.03
