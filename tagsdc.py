@@ -490,7 +490,7 @@ def parse_arguments(argv):
     name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
     parser.set_defaults(out=name, **RECIPES.get(known["recipe"], {}))
     if known["quick"]:
-        parser.set_defaults(scenes=[400, 50, 50], steps=120, warmup_batch_size=16, pool=24, val_images=20, analyse_images=30, log_every=20)
+        parser.set_defaults(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"], warmup_batch_size=16, analyse_images=30, log_every=20)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
     if source:  # what it was trained with
         of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")

@@ -71,7 +71,7 @@ def test_loss_and_gradient_of_two_processes_equal_those_of_the_joint_batch(tmp_p
 
 
 def test_torchrun_trains_and_its_score_matrix_is_that_of_one_process(tmp_path):
-    small = ("--scenes 30 5 8 --steps 6 --batch-size 4 --warmup-batch-size 4 --pool 6 --hard 2 --maskings 2 --refills 2 --val-images 5 --analyse-images 4 "
+    small = ("--scenes 30 5 8 --steps 6 --phases warmup=1 tags=1 dc=1 --batch-size 4 --warmup-batch-size 4 --pool 6 --hard 2 --maskings 2 --refills 2 --val-images 5 --analyse-images 4 "
              "--log-every 2 --validations 2 --dtype float32 --device cpu --save-scores").split()
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tagsdc.py", *small, "--out", str(tmp_path / "two")]
