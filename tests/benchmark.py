@@ -188,7 +188,7 @@ def score(args, model, data):
 
 def step(args, model, data):
     plain, data, device = Plain(model, args.device), Made(args.size, 800, 400), args.device
-    sizes = f"--batch-size {args.anchors} --score-batch {args.batch} --pool 399 --hard 31 --maskings 20 --refills 20"
+    sizes = f"--batch-size {args.anchors} --score-batch {args.batch} --pool 399 --hard 31 --maskings 20 --refills 20 --temperature 1.5 --truth-threshold 1"
     options = tagsdc.parse_arguments(sizes.split())
     objective = tagsdc.Objective(model.train(), data.tokenizer, options)
     def run(kind):
