@@ -463,7 +463,7 @@ def parse_arguments(argv):
     add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")
     add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
-    add("--lr", type=float, default=3e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
+    add("--lr", type=float, default=6e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
     add("--warmup-lr", type=float, default=1e-3, help="peak learning rate of the warm-up phase")
     add("--pool", type=int, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
     add("--hard", type=int, default=4, help="negatives kept of each kind (paper: 31)")
