@@ -1,5 +1,4 @@
 """The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
-
 In this order: words and word pieces (WordPiece), phrases of a caption (parse_phrases), the region store (write_regions, Regions), data sets
 and their batches (Data), published region features (check_regions), a data set on disk (load_data), the embedded world (load_scenes).
 Letters: B images or captions of a batch, T tokens, R regions, F feature size, P phrases, C captions, I images.
@@ -529,10 +528,11 @@ def load_data(name, root=None, features=None, phrases=None, skip_bad=False, toke
     captions, listings = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
     listed = functools.cache(lambda: read_captions(listings, left_out))                      # only if something is to be made anew
     source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
-    if not target.exists() or Regions(target).source != source:
+    regions = Regions(target) if target.exists() else None
+    if not regions or regions.source != source:
         sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
         write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
-    regions = Regions(target)
+        regions = Regions(target)
     if feature_size not in (None, regions.feature_size):
         raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; give its --features")
 
@@ -656,8 +656,8 @@ def near_twin(rng, scene, pair):
 def inside_shape(shape, x, y):
     """Which of the points x, y in [-1, 1] (y down) the shape covers."""
     side, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
-    turn = abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)        # folds a star onto half of one of its points
-    return {"star": lambda: 0.27 * r * np.cos(turn) + 0.63 * r * np.sin(turn) < 0.28, "ring": lambda: (r < 1) & (r > 0.62),
+    fold = lambda: abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)   # a star onto half of one of its points
+    return {"star": lambda: 0.27 * r * np.cos(turn := fold()) + 0.63 * r * np.sin(turn) < 0.28, "ring": lambda: (r < 1) & (r > 0.62),
             "heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34,
             "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "frame": lambda: side > 0.66,
             "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "square": lambda: side < 0.93, "circle": lambda: r < 1}[shape]()

@@ -1,5 +1,4 @@
 """What a model is worth: recall, scores of all pairs, the paper's analyses, probes on real text, and the pictures.
-
 Letters: C captions, I images, N sentences or pairs, T text positions, V vocabulary. Every mask: True = real. All shares are in percent.
 `device, dtype, score_batch`: where the model lies, float32 or bfloat16 (autocast), pairs in one pass."""
 import contextlib
@@ -40,7 +39,7 @@ def fold_metrics(scores, image_of_caption, folds=5):
     results = [retrieval_metrics(scores[rows][:, images], image_of_caption[rows] - images[0]) for images, rows in runs]
     return {key: sum(result[key] for result in results) / folds for key in results[0]}
 
-def _precision(line, right, r):
+def precision_at_r(line, right, r):
     """mAP@R (mean over ranks up to r of the precision where they hold a positive, else 0), R-Precision and R@1 of one
     query with scores `line` (G,) and r positives, those in the gallery at `right`, -> (3,). Ties count against it."""
     own, nth = line[right].sort(descending=True).values, torch.arange(1, len(right) + 1)
@@ -64,7 +63,7 @@ def eccv_metrics(scores, data, split, folder):
     for name, (way, asked, queries, gallery, table) in itertools.product(("eccv", "cxc"), ways):
         file = folder / f"{name}_{asked}.json"
         told = json.loads(file.read_bytes()) if file.is_file() else {}                       # {query: positives}
-        found = [_precision(table[queries[query]], torch.tensor(right), len(set(positives)))  # as in the official code, R counts all
+        found = [precision_at_r(table[queries[query]], torch.tensor(right), len(set(positives)))  # as in the official code, R counts all
                  for query, positives in told.items() if query in queries
                  and (right := [gallery[str(p)] for p in set(positives) if str(p) in gallery])]
         if found:
@@ -82,14 +81,12 @@ def inference(model, device, dtype=torch.float32):
         yield
 
 def equal_groups(sizes, most):
-    """Splits 0 .. N-1 into groups of equal sizes (N,) long, at most `most` in each: yields (size, (n,) indices)."""
-    for size in sizes.unique().tolist():
-        for block in (sizes == size).nonzero()[:, 0].split(most):
-            yield size, block
+    """Splits 0 .. N-1 into groups of equal sizes (N,) long, at most `most` in each: an iterator of (n,) long."""
+    return itertools.chain.from_iterable((sizes == size).nonzero()[:, 0].split(most) for size in sizes.unique())
 
-def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=None, captions=None, images=None):
+def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=lambda *_: None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
-    captions: (C,) long, those wanted, in that order; None = all.  images: (I,) likewise.  progress: called with pairs done and all.
+    captions: (C,) long, those wanted, in that order; None = all.  images: (I,) likewise.  progress: called with the pairs done and all.
     An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow."""
     content = data.splits[split]
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
@@ -97,16 +94,15 @@ def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_ba
     lengths = (data.text(split, captions) != data.tokenizer.pad_id).sum(1)
     scores, done = torch.empty(len(captions), len(images)), 0
     with inference(model, device, dtype):
-        for _, columns in equal_groups(torch.as_tensor(data.regions.counts[content.rows[images]]), 1024):
+        for columns in equal_groups(torch.as_tensor(data.regions.counts[content.rows[images]]), 1024):
             pictures = model.prepare_regions(*(x.to(device) for x in data.image(split, images[columns])[:2]))  # no padding, no mask
-            for _, rows in equal_groups(lengths, 256):
+            for rows in equal_groups(lengths, 256):
                 texts = model.prepare_text(data.text(split, captions[rows]).to(device))
                 pairs = torch.arange(len(rows) * len(columns), device=device)
                 logits = model.score_pairs(texts, pairs // len(columns), pictures, pairs % len(columns), score_batch)
                 scores[rows[:, None], columns] = logits.float().view(len(rows), -1).cpu()  # the only wait for a GPU
                 done += len(pairs)
-                if progress:
-                    progress(done, scores.numel())
+                progress(done, scores.numel())
     return scores
 
 def read_sentences(read, model, data, split, sentences, images, device="cpu", dtype=torch.float32, score_batch=128):
@@ -124,11 +120,12 @@ def score_sentences(model, data, split, sentences, images, **options):
     return read_sentences(lambda hidden: (model.match(hidden).float(),), model, data, split, sentences, images, **options)[0]
 
 def judge_words(model, data, split, sentences, images, **options):
-    """What the heads say of each word of sentences (N, T) long, padded, with images (N,) of a split: discrimination
-    logits (N, T, 2), class 0 = replaced, and the likeliest original words (N, T) long."""
+    """What the heads say of sentences (N, T) long, padded, with images (N,) of a split: matching logits (N,), and of each
+    word discrimination logits (N, T, 2), class 0 = replaced, and the likeliest original (N, T) long."""
     def read(hidden):
         words = hidden[:, :sentences.size(1)]
-        return model.discriminate(words).float(), torch.cat([model.correct(part).argmax(-1) for part in words.split(16)])  # V may be large
+        corrections = torch.cat([model.correct(part).argmax(-1) for part in words.split(16)])  # V may be large
+        return model.match(hidden).float(), model.discriminate(words).float(), corrections
     return read_sentences(read, model, data, split, sentences, images, **options)
 
 # ---- the paper's analyses, probes on real text -------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def run_probe(path, model, data, split, **options):
         if probe == "foil":
             mask = wrong != data.tokenizer.pad_id
             same = (right != data.tokenizer.pad_id).sum(1) == mask.sum(1)
-            words = (*judge_words(model, own, "own", wrong, images, **options), wrong, right, mask)
+            words = (*judge_words(model, own, "own", wrong, images, **options)[1:], wrong, right, mask)
             result.update(word_metrics(*(part[same] for part in words)), same_length=int(same.sum()))
     return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
 

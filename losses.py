@@ -1,5 +1,4 @@
 """The training objective of TAGS-DC, one function a term: tensors in, a scalar out (METHOD 2-5).
-
 Letters: B pairs, H negatives of a pair, T text positions, V vocabulary.
 Every mask says True = real / usable; every label -1 = no target here. A term without any target is 0 and passes a zero gradient."""
 import math

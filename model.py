@@ -103,9 +103,11 @@ class Layer(nn.Module):
 
     def mix(self, x, q, k, v, mask):  # x, q (N, Q, D); k, v (N, S, D) -> (N, Q, D)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, heads, Q or S, D / heads)
-        if torch.is_grad_enabled() and q.device.type == "cpu":  # there the bfloat16 backward of fused attention is 8x slower
-            q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there fused attention is half as fast, and its backward an eighth
+            scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (N, heads, Q, S)
+            scores = scores if mask is None else scores.where(mask, -torch.inf)
+            context = F.dropout(scores.softmax(-1, dtype=torch.float32), self.p, self.training).to(v.dtype) @ v
+        else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
         x = self.attention_norm(x + self.dropout(self.out(context.transpose(1, 2).flatten(2))))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
@@ -179,12 +181,12 @@ class TagsDC(nn.Module):
         for chunk in order.split(batch or len(order)):
             text = texts.rows(text_index[chunk], None if length is None else length[chunk[-1]])
             logits.append(self.match(self._encode(self._join(text, images.rows(image_index[chunk])), cls_only=True)))
-        return torch.cat(logits)[order.argsort()]
+        return torch.cat(logits) if length is None else torch.cat(logits)[order.argsort()]
 
     @staticmethod
     def _join(text, image):
-        masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image)]
-        mask = None if text.mask is None and image.mask is None else torch.cat(masks, 1)[:, None, None]  # (N, 1, 1, S)
+        masks = (p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image))
+        mask = None if text.mask is None and image.mask is None else torch.cat(tuple(masks), 1)[:, None, None]  # (N, 1, 1, S)
         return Prepared(torch.cat((text.states, image.states), 1), torch.cat((text.qkv, image.qkv), 1), mask)
 
     def _encode(self, pair, cls_only=False):  # -> (N, S, D), or (N, 1, D)

@@ -25,7 +25,8 @@ import losses
 from model import PRESETS, Config, TagsDC
 
 # The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
-RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, truth_threshold=1.0, margin=0.2, dropout=0.1, lambda_wod=5e-4, lambda_woc=5e-4)
+RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, truth_threshold=1.0, margin=0.2, dropout=0.1,
+               lambda_wod=5e-4, lambda_woc=5e-4, score_batch=2048)
 RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
     "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
     "coco-base-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
@@ -160,9 +161,7 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def phase_plan(args):
     """[(phase, steps, {term: weight}, peak learning rate)] of the run; the phases share --steps by their weights in --phases."""
-    shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
-    if args.init:
-        shares.pop("warmup", None)
+    shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases) if not (args.init and name == "warmup")}
     given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
     ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares.get(name, 0) for name in PHASES)]
     plan = [(name, end - begin, {term: given[term] for term in PHASES[name] if given[term]} | ({"mlm": 1.0} if name == "warmup" else {}),
@@ -219,10 +218,10 @@ class Run:
             generator.set_state(value) if self.rank == 0 else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
 
     def train(self):
-        """Runs what is left of the plan; leaves the best validation weights in the model. Returns False when interrupted."""
+        """Runs what is left of the plan, each phase from the best weights of the one before. Returns False when interrupted."""
         for self.at["phase"] in range(self.at["phase"], len(self.plan)):
             if self.at["step"] == 0:
-                self.new_optimizer()
+                self.new_optimizer(), self.at.update(val={})  # a phase is judged by itself: it alone trains its own heads
             self.model.train()
             before = [signal.signal(number, lambda number, _: setattr(self, "signal", number)) for number in (signal.SIGINT, signal.SIGTERM)]
             self.train_phase(*self.plan[self.at["phase"]])
@@ -315,7 +314,7 @@ def scores_of(model, data, split, args, device, images=None):
     owner, (rank, processes) = data.splits[split].image_of_caption, world()
     owner = owner[:torch.searchsorted(owner, images)] if images else owner
     rows, columns = torch.arange(len(owner)).tensor_split(processes)[rank], torch.arange(len(data.splits[split].images))[:images]
-    show = (lambda done, total: say(f"scored {done:,} of {total:,} pairs", True)) if sys.stdout.isatty() else None
+    show = lambda done, total: sys.stdout.isatty() and say(f"scored {done:,} of {total:,} pairs", True)
     part = evaluate.score_matrix(model, data, split, progress=show, captions=rows, images=columns, **scoring(args, device))
     if processes == 1:
         return part, owner
@@ -332,11 +331,10 @@ def tailored_examples(model, data, split, captions, args, device):
         regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         sentences, valid, _ = (x.cpu() for x in write_negatives(model, regions, batch, data.tokenizer, args, torch.Generator(device).manual_seed(args.seed)))
     images = data.splits[split].image_of_caption[captions]
-    pairs = (model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard))
-    discrimination, corrections = evaluate.judge_words(*pairs, **scoring(args, device))
+    judged = evaluate.judge_words(model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard), **scoring(args, device))
+    logits, discrimination, corrections = (part.unflatten(0, valid.shape) for part in judged)
     return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid,
-                scores=evaluate.score_sentences(*pairs, **scoring(args, device)).sigmoid().view_as(valid),
-                discrimination=discrimination.unflatten(0, valid.shape), corrections=corrections.view_as(sentences))
+                scores=logits.sigmoid(), discrimination=discrimination, corrections=corrections)
 
 def final_split(data):
     """The split that is reported and searched: test, or the nearest there is."""
@@ -360,7 +358,6 @@ def test_report(model, data, split, args, device):
         metrics |= evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), sentences, made["valid"].flatten())
         wrong = evaluate.one_word_wrong(data, split, args.seed)
         metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **scoring(args, device))
-        metrics |= zip(("ceiling_tr_r1", "ceiling_ir_r1"), datasets.identification_ceiling(content.scenes, content.captions, owner))
     return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
 def picture_negatives(path, data, split, scores, made, count=6):
@@ -392,6 +389,8 @@ def finish(args, data, model, device, state):
         return
     for path in args.probe:
         metrics.update(evaluate.run_probe(path, model, data, split, **scoring(args, device)))
+    if content.scenes:
+        metrics |= zip(("ceiling_tr_r1", "ceiling_ir_r1"), datasets.identification_ceiling(content.scenes, content.captions, content.image_of_caption))
     say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':42}{'warm-up' if warmup else '':>10}{'final':>10}")
     for name, value in metrics.items():
         say(f"{TABLE.get(name, name):42}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
@@ -484,7 +483,7 @@ def parse_arguments(argv):
     add("--validations", type=int, default=4, help="validations in a phase")
     add("--val-images", type=int, default=100, help="images of val that a validation looks at")
     add("--analyse-images", type=int, default=200, help="test images whose generated negatives are analysed")
-    add("--score-batch", type=int, default=256, help="pairs in one pass without gradient")
+    add("--score-batch", type=int, default=128, help="pairs in one pass without gradient (fit for a CPU; recipes: 2048, for a GPU)")
     add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
     known = vars(parser.parse_known_args(argv)[0])
     name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
@@ -508,8 +507,9 @@ def parse_arguments(argv):
         f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
             args.hard > args.maskings * args.refills,
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
-        f"--phases {' '.join(args.phases)}: expected NAME=SHARE with names among {', '.join(PHASES)}":
-            not all(re.fullmatch(rf"({'|'.join(PHASES)})=\d*\.?\d+", phase) for phase in args.phases)}
+        f"--phases {' '.join(args.phases)}: expected NAME=SHARE, a share above 0 and a name among {', '.join(PHASES)}":
+            not all(re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase) for phase in args.phases),
+        "--init goes without a warm-up, and --phases names no other phase": args.init and all(phase.startswith("warmup") for phase in args.phases)}
     faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.phrases, *args.probe, None if source else args.init) if path}
     for fault in [text for text, wrong in faults.items() if wrong]:
         parser.error(fault)
@@ -558,6 +558,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        dist.destroy_process_group() if dist.is_initialized() else None
 
 def run(args):
     """Loads data and model, then trains, evaluates or searches. Returns an exit code if the run was interrupted."""

@@ -208,21 +208,23 @@ def step(args, model, data):
     return compare(args, model, data, runners, args.anchors, 2 * options.pool + m + n + 3 * (1 + 3 * h + m), lambda dtype: {
         "agree": 1 - abs(loss[dtype] / loss["plain"] - 1), "difference": abs(loss[dtype] - loss["plain"])})
 
-class PerPair(tuple):
-    """(prepare, *inputs): stands for a Prepared, but works its rows out anew for every pair."""
-    def __getitem__(self, index):
-        prepare, *inputs = self
-        return prepare(*(x[index] for x in inputs))
+class PerPair:
+    """Stands for a Prepared, but works its rows out anew for every pair."""
+    mask = None
+    def __init__(self, prepare, *inputs):
+        self.prepare, self.inputs = prepare, inputs
+    def rows(self, index, end=None):
+        return self.prepare(*(x[index] for x in self.inputs))
 
 def savings(args, model, data):
     text, image, replace, rows = model.prepare_text, model.prepare_regions, mock.patch.object, []
     data.features *= data.mask[..., None]  # so that padding can be told by its zeros
     def blocks(sizes, most):  # in place of evaluate.equal_groups
-        return ((None, block) for block in torch.arange(len(sizes)).split(most))
+        return torch.arange(len(sizes)).split(most)
     without = {  # name: [functions that make a context without the saving]
         "all": [],
-        "embeddings and first q, k, v once, not per pair": [partial(replace, model, "prepare_text", lambda *x: PerPair((text, *x))),
-                                                            partial(replace, model, "prepare_regions", lambda *x: PerPair((image, *x)))],
+        "embeddings and first q, k, v once, not per pair": [partial(replace, model, "prepare_text", partial(PerPair, text)),
+                                                            partial(replace, model, "prepare_regions", partial(PerPair, image))],
         "last layer for [CLS] alone": [partial(replace, Layer, "first_row", Layer.forward)],
         "equal lengths, not padding": [
             partial(replace, evaluate, "equal_groups", blocks), partial(replace, model, "prepare_text", lambda ids: text(ids, ids != 0)),

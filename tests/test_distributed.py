@@ -55,6 +55,7 @@ def worker(rank, folder):
     loss = gradient(objective, batch, negatives, rows, torch.tensor([1, 0]))
     dist.all_reduce(loss)
     torch.save((loss / 2, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), f"{folder}/{rank}.pt")
+    dist.barrier()  # neither ends while the other still talks to it
     dist.destroy_process_group()
 
 

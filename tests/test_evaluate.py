@@ -172,7 +172,8 @@ def test_word_metrics_by_hand():
 
 def test_words_are_judged_as_alone(model, world):
     ids, images = world.text("test", torch.arange(24)), torch.arange(24) % 10
-    discrimination, corrections = evaluate.judge_words(model, world, "test", ids, images, score_batch=20)
+    logits, discrimination, corrections = evaluate.judge_words(model, world, "test", ids, images, score_batch=20)
+    assert torch.equal(logits, evaluate.score_sentences(model, world, "test", ids, images, score_batch=20))
     model.eval()
     for n in (0, 7, 18, 23):
         own, parts = world.text("test", [n]), world.image("test", [images[n]])
@@ -254,7 +255,7 @@ def test_foil_word_by_word(tmp_path, world, model):
     assert (result["items"], result["total"], result["same_length"]) == (2, 2, 1)
     own = evaluate.own_words(world, [items["1"]["caption"], items["1"]["foil"]], [name], [world.regions.names.index(name)])
     right, wrong = own.text("own", [0]), own.text("own", [1])
-    said = evaluate.judge_words(model, own, "own", wrong, torch.tensor([0]))
+    _, *said = evaluate.judge_words(model, own, "own", wrong, torch.tensor([0]))
     by_hand = evaluate.word_metrics(*said, wrong, right, wrong >= 0)
     assert {key: result[key] for key in by_hand} == pytest.approx(by_hand)
 
@@ -325,9 +326,9 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
 
 def test_precision_by_hand():
     line, right = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]), torch.tensor([0, 2, 4])
-    assert evaluate._precision(line, right, 3).tolist() == pytest.approx([(1 + 2 / 3) / 3, 2 / 3, 1.0])
-    assert evaluate._precision(torch.zeros(5), right, 3).tolist() == pytest.approx([1 / 9, 1 / 3, 0.0])  # wrong first
-    assert evaluate._precision(line, right[:2], 4).tolist() == pytest.approx([(1 + 2 / 3) / 4, 2 / 4, 1.0])
+    assert evaluate.precision_at_r(line, right, 3).tolist() == pytest.approx([(1 + 2 / 3) / 3, 2 / 3, 1.0])
+    assert evaluate.precision_at_r(torch.zeros(5), right, 3).tolist() == pytest.approx([1 / 9, 1 / 3, 0.0])  # wrong first
+    assert evaluate.precision_at_r(line, right[:2], 4).tolist() == pytest.approx([(1 + 2 / 3) / 4, 2 / 4, 1.0])
 
 
 # ---- pictures
