@@ -29,13 +29,13 @@ RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temper
                lambda_wod=5e-4, lambda_woc=5e-4, score_batch=2048)
 RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
     "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
-    "coco-base-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
+    "coco-base-2": dict(dc_lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
     "coco-large-1": dict(lr=4e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
-    "coco-large-2": dict(lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
+    "coco-large-2": dict(dc_lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
     "flickr-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.05, temperature=2.0, batch_size=16),
-    "flickr-base-2": dict(lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
+    "flickr-base-2": dict(dc_lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
     "flickr-large-1": dict(lr=5e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
-    "flickr-large-2": dict(lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05, hard=23)}.items()}
+    "flickr-large-2": dict(dc_lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05, hard=23)}.items()}
 PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("hard", "mlm", "tags", "wod", "woc")}
 SYNTHETIC = {"tags", "wod", "woc"}  # the terms that need generated negatives
 
@@ -164,9 +164,8 @@ def phase_plan(args):
     shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases) if not (args.init and name == "warmup")}
     given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
     ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares.get(name, 0) for name in PHASES)]
-    plan = [(name, end - begin, {term: given[term] for term in PHASES[name] if given[term]} | ({"mlm": 1.0} if name == "warmup" else {}),
-             args.warmup_lr if name == "warmup" else args.lr) for name, begin, end in zip(PHASES, [0, *ends], ends)]
-    return [phase for phase in plan if phase[1]]
+    return [(name, end - begin, {term: given[term] for term in PHASES[name] if given[term]} | ({"mlm": 1.0} if name == "warmup" else {}),
+             {"warmup": args.warmup_lr, "tags": args.lr, "dc": args.dc_lr}[name]) for name, begin, end in zip(PHASES, [0, *ends], ends) if end > begin]
 
 def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
@@ -453,8 +452,8 @@ def parse_arguments(argv):
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=9500, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=16", "tags=1.5", "dc=1.5"], metavar="NAME=SHARE", help="phases and their shares of --steps")
+    add("--steps", type=int, default=10000, help="optimiser steps in all; the phases share them")
+    add("--phases", nargs="+", default=["warmup=16", "tags=3", "dc=1"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
     add("--words-first", type=float, default=0.8, help="share of the warm-up that learns words (MLM) alone, before matching")
@@ -462,8 +461,9 @@ def parse_arguments(argv):
     add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")
     add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
-    add("--lr", type=float, default=6e-4, help="peak learning rate (paper: 5e-5, then 1e-5)")
     add("--warmup-lr", type=float, default=1e-3, help="peak learning rate of the warm-up phase")
+    add("--lr", type=float, default=6e-4, help="peak learning rate of the tags phase (paper: 5e-5)")
+    add("--dc-lr", type=float, default=2e-4, help="peak learning rate of the dc phase (paper: 1e-5)")
     add("--pool", type=int, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
     add("--hard", type=int, default=4, help="negatives kept of each kind (paper: 31)")
     add("--maskings", type=int, default=4, help="maskings of each caption (paper: 20)")
@@ -471,7 +471,7 @@ def parse_arguments(argv):
     add("--temperature", type=float, default=2.0, help="of the refilling (paper: 1.5)")
     add("--truth-threshold", type=float, default=0.1, help="likelier words are taken for true and not refilled (paper: 1, no such filter)")
     add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
-    for term, default, text in (("tags", 1.0, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
+    for term, default, text in (("tags", 0.3, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
                                 ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
         add(f"--lambda-{term}", type=float, default=default, help=f"weight of {text}; 0 switches it off")
     add = parser.add_argument_group("run").add_argument

@@ -89,15 +89,17 @@ def test_a_text_longer_than_the_position_table_is_refused(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])  # bfloat16 has an attention of its own on a CPU
 @pytest.mark.parametrize("what", ["words", "features", "boxes"])
-def test_what_lies_in_the_padding_has_no_influence(model, what):
+def test_what_lies_in_the_padding_has_no_influence(model, what, half):
     batch = ids, features, boxes, text_mask, region_mask = make_batch()
     noise, real = torch.Generator().manual_seed(1), region_mask[..., None]
     changed = {
         "words": (torch.where(text_mask, ids, torch.randint(40, ids.shape, generator=noise)), features, boxes),
         "features": (ids, torch.where(real, features, 50 * torch.randn(features.shape, generator=noise)), boxes),
         "boxes": (ids, features, torch.where(real, boxes, 50 * torch.rand(boxes.shape, generator=noise)))}[what]
-    before, after = model(*batch), model(*changed, text_mask, region_mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        before, after = model(*batch), model(*changed, text_mask, region_mask)
     assert not torch.equal(before, after), "the padding was not changed at all"
     assert close(real_rows(before, batch), real_rows(after, batch))
     assert close(model.match(before), model.match(after))

@@ -77,7 +77,7 @@ def test_eval_reproduces_the_final_figures(world, capsys):
 def test_a_weight_of_zero_takes_the_term_out_of_the_plan(option, lost):
     plan = tagsdc.phase_plan(tagsdc.parse_arguments([option, "0"]))
     assert all(lost not in weights for phase, _, weights, _ in plan if phase != "warmup")
-    assert sum(steps for _, steps, _, _ in plan) == 9500
+    assert sum(steps for _, steps, _, _ in plan) == 10000
 
 
 def test_without_synthetic_terms_nothing_is_generated(world, tmp_path, monkeypatch):
