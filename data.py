@@ -808,8 +808,8 @@ def identification_ceiling(scenes, captions, image_of_caption):
     own = true & (np.asarray(image_of_caption)[:, None] == np.arange(len(scenes)))
     return tuple(float(100 * (own.sum(axis) / true.sum(axis).clip(1)).mean()) for axis in (0, 1))
 
-def load_scenes(seed, sizes, store):
-    """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test."""
+def load_scenes(seed, sizes, store, tokens=None):
+    """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test. tokens: a checkpoint's."""
     sizes, target, splits = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", {}
     source, made, intact = {"world": 1, "seed": seed, "sizes": sizes}, {split: [] for split in sizes}, False
 
@@ -828,4 +828,4 @@ def load_scenes(seed, sizes, store):
         captions = [(words, phrases) for *_, five in content for words, phrases in five]
         splits[split] = Split([regions.names[row] for row in rows], rows, [" ".join(words) for words, _ in captions],
                               torch.arange(len(content)).repeat_interleave(5), captions, scenes)
-    return Data("scenes", WordPiece(build_vocabulary(splits["train"].captions, 1), True), regions, splits)
+    return Data("scenes", WordPiece(tokens or build_vocabulary(splits["train"].captions, 1), True), regions, splits)

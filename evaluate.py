@@ -51,13 +51,12 @@ def eccv_metrics(scores, data, split, folder):
     """mAP@R, R-Precision and R@1 on the positives of ECCV Caption and CxC, in percent; {} where the files are missing.
     scores: (C, I) of a COCO test split.  folder: below it {eccv,cxc}_{image_to_caption,caption_to_image}.json, coco_test_ids.npy,
     original_caption_to_image.json.  Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", .. "cxc_ir_.."}."""
-    content, result, listed = data.splits[split], {}, next(Path(folder).glob("**/coco_test_ids.npy"), None)
-    if not listed:
+    content, result, places = data.splits[split], {}, [path.parent for path in Path(folder).glob("**/coco_test_ids.npy")]
+    if not (folder := next((place for place in places if (place / "original_caption_to_image.json").is_file()), None)):
         return result
-    column, folder = {image_key(name): i for i, name in enumerate(content.images)}, listed.parent
-    image_of = json.loads((folder / "original_caption_to_image.json").read_bytes())
+    column, image_of = {image_key(name): i for i, name in enumerate(content.images)}, json.loads((folder / "original_caption_to_image.json").read_bytes())
     rows_of = {image: iter((content.image_of_caption == i).nonzero()[:, 0].tolist()) for image, i in column.items()}
-    row = {str(caption): at for caption in np.load(listed, allow_pickle=False).tolist()     # an image's captions come in our order
+    row = {str(caption): at for caption in np.load(folder / "coco_test_ids.npy", allow_pickle=False).tolist()     # an image's captions come in our order
            if (at := next(rows_of.get(str(image_of[str(caption)][0]), iter(())), None)) is not None}
     ways = ("tr", "image_to_caption", column, row, scores.T), ("ir", "caption_to_image", row, column, scores)
     for name, (way, asked, queries, gallery, table) in itertools.product(("eccv", "cxc"), ways):

@@ -26,7 +26,7 @@ from model import PRESETS, Config, TagsDC
 
 # The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
 RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, truth_threshold=1.0, margin=0.2, dropout=0.1,
-               lambda_wod=5e-4, lambda_woc=5e-4, score_batch=2048)
+               lambda_wod=5e-4, lambda_woc=5e-4, score_batch=2048, recompute=True)
 RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
     "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
     "coco-base-2": dict(dc_lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
@@ -117,12 +117,11 @@ class Objective(torch.nn.Module):
             terms["hard"] = seen["hard_text"] + seen["hard_image"]
         if negatives:
             sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
-            flat, h = sentences.flatten(0, 1), sentences.size(1)
+            flat, labels, h = sentences.flatten(0, 1), labels.flatten(0, 1), sentences.size(1)  # (B * H, T) each
             hidden = model.encode_pairs(model.prepare_text(flat, flat != self.pad), torch.arange(b * h, device=ids.device),
                                         images, row.repeat_interleave(h))
             synthetic, words = model.match(hidden).sigmoid().view(b, h), hidden[:, :flat.size(1)]
             seen.update(synthetic=losses.masked_mean(synthetic, valid), kept=valid.float().mean())
-            labels = labels.flatten(0, 1)  # (B * H, T)
             if "tags" in weights:
                 terms["tags"] = losses.triplet_loss(positive, synthetic, margin, valid)
             if "wod" in weights:
@@ -186,12 +185,12 @@ class Run:
     own batches and pools; the first one alone writes."""
     def __init__(self, args, data, model, device):
         self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
-        self.plan, self.rank = phase_plan(args), world()[0]
+        self.plan, self.rank, self.asked, self.signal = phase_plan(args), world()[0], 0, 0  # signals: the one that came, what all agreed on
         self.objective, self.optimizer = Objective(model, data.tokenizer, args), None
         if world()[1] > 1:  # a term that is off, or a phase without it, leaves heads without gradient
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
         self.rng, self.device_rng = (torch.Generator(where).manual_seed(args.seed + self.rank) for where in ("cpu", device))  # batches; refills
-        self.at, self.signal, self.started = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[]), 0, time.time()
+        self.at, self.started = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[]), time.time()
 
     def new_optimizer(self):
         """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
@@ -204,17 +203,19 @@ class Run:
         if self.rank == 0:
             state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config), extras=self.model.uniter_extras,
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
-                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()], arguments=vars(self.args) | dict(dtype=None))
+                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()],
+                         arguments=vars(self.args) | dict(dtype=str(self.args.dtype).removeprefix("torch.")))
             write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def resume(self, state):
-        """Takes up where the checkpoint `state` stands; processes other than the first draw afresh from there on."""
+        """Takes up where the checkpoint `state` stands; processes other than the first, and another kind of device, draw afresh from there on."""
         self.at = {key: state[key] for key in self.at}
         self.model.load_state_dict(state["model"])
         self.new_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         for generator, value in zip((self.rng, self.device_rng, torch.default_generator), state["rng"]):
-            generator.set_state(value) if self.rank == 0 else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
+            known = self.rank == 0 and len(value) == len(generator.get_state())
+            generator.set_state(value) if known else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
 
     def train(self):
         """Runs what is left of the plan, each phase from the best weights of the one before. Returns False when interrupted."""
@@ -222,7 +223,7 @@ class Run:
             if self.at["step"] == 0:
                 self.new_optimizer(), self.at.update(val={})  # a phase is judged by itself: it alone trains its own heads
             self.model.train()
-            before = [signal.signal(number, lambda number, _: setattr(self, "signal", number)) for number in (signal.SIGINT, signal.SIGTERM)]
+            before = [signal.signal(number, lambda number, _: setattr(self, "asked", number)) for number in (signal.SIGINT, signal.SIGTERM)]
             self.train_phase(*self.plan[self.at["phase"]])
             signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
             if self.signal:
@@ -239,7 +240,7 @@ class Run:
 
     def train_phase(self, phase, steps, weights, peak):
         """One phase of the plan, from self.at["step"] on: steps, lines of the log, validations."""
-        args, sums, clock, since = self.args, {}, time.time(), 0
+        args, history, clock, since = self.args, {}, time.time(), 0
         for step in range(self.at["step"], steps):
             lr = peak * min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))  # warm-up, then linear decay
             for group in self.optimizer.param_groups:
@@ -250,14 +251,14 @@ class Run:
                 loss, seen = training_step(self.objective, self.data, args, terms, self.rng, self.device_rng, self.device)
                 (loss / args.accumulate).backward()
                 for name, value in {"loss": loss.detach(), **seen}.items():
-                    sums[name] = sums.get(name, 0.0) + value / args.accumulate
+                    history.setdefault(name, []).append(value)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
             self.optimizer.step()
             self.at["step"], since = step + 1, since + 1
-            if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.signal and world()[1] == 1):
-                self.report(phase, terms, {name: value.item() / since for name, value in sums.items()}, (time.time() - clock) / since,
-                            lr, step + 1 == steps)
-                sums, clock, since = {}, time.time(), 0
+            if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.asked and world()[1] == 1):
+                means = {name: torch.stack(values).mean().item() for name, values in history.items()}
+                self.report(phase, terms, means, (time.time() - clock) / since, lr, step + 1 == steps)
+                history, clock, since = {}, time.time(), 0
             if self.signal:
                 return self.save("last.pt")
 
@@ -275,12 +276,12 @@ class Run:
             means["negatives/s"] = row["negatives_per_s"] = round(args.batch_size * args.accumulate * candidates * world()[1] / pace)
         say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
             + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
-        if world()[1] > 1:  # all stop at the same step, or none
-            dist.all_reduce(signals := torch.tensor(self.signal, device=self.device), dist.ReduceOp.MAX)
-            self.signal = signals.item()
+        signals = torch.tensor(self.asked, device=self.device)
+        dist.all_reduce(signals, dist.ReduceOp.MAX) if world()[1] > 1 else None  # all stop at the same step, or none
+        self.signal = signals.item()
         self.at["log"].append(row)
         period = max(1, self.plan[self.at["phase"]][1] // args.log_every // args.validations)
-        if not self.signal and (last or terms.keys() - {"mlm"} and self.at["step"] // args.log_every % period == 0):
+        if last or not self.signal and terms.keys() - {"mlm"} and self.at["step"] // args.log_every % period == 0:
             metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, args, self.device, args.val_images))
             row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
             say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
@@ -382,7 +383,7 @@ TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "te
 
 def finish(args, data, model, device, state):
     """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
-    split, out, warmup = final_split(data), Path(args.out), state["warmup"] or {}
+    split, out, warmup = final_split(data), Path(args.out), state.get("arguments", vars(args))["data"] == args.data and state["warmup"] or {}
     content, (metrics, scores, made) = data.splits[split], test_report(model, data, split, args, device)
     if world()[0] > 0:
         return
@@ -460,7 +461,7 @@ def parse_arguments(argv):
     add("--mask-probability", type=float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
     add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")
-    add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass: less memory, a third more work")
     add("--warmup-lr", type=float, default=1e-3, help="peak learning rate of the warm-up phase")
     add("--lr", type=float, default=6e-4, help="peak learning rate of the tags phase (paper: 5e-5)")
     add("--dc-lr", type=float, default=2e-4, help="peak learning rate of the dc phase (paper: 1e-5)")
@@ -492,7 +493,7 @@ def parse_arguments(argv):
         parser.set_defaults(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"], warmup_batch_size=16, analyse_images=30, log_every=20)
     source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
     if source:  # what it was trained with
-        of_this_call = ("eval", "checkpoint", "query", "image", "probe", "resume", "out", "save_scores", "device", "dtype")
+        of_this_call = ("eval", "checkpoint", "query", "image", "resume", "out", *(() if known["resume"] else ("probe", "save_scores", "device")))
         kept = load_checkpoint(source, own=True)["arguments"]
         parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
     args = parser.parse_args(argv)
@@ -503,7 +504,7 @@ def parse_arguments(argv):
     faults = {f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
         f"--scenes {args.scenes}: each split needs an image": min(args.scenes) < 1,
         "--warmup-batch-size 1: matching needs a second pair to be wrong": args.warmup_batch_size < 2,
-        "--query and --image need a trained model: add --checkpoint runs/scenes/best.pt": (args.query or args.image) and not args.checkpoint,
+        "--checkpoint (a trained model: runs/scenes/best.pt) and --query or --image go together": bool(args.query or args.image) != bool(args.checkpoint),
         f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
             args.hard > args.maskings * args.refills,
         f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
@@ -565,17 +566,17 @@ def run(args):
     """Loads data and model, then trains, evaluates or searches. Returns an exit code if the run was interrupted."""
     device, args.dtype = hardware(args)
     if "LOCAL_RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=8 * dist.constants.default_pg_timeout)
     source = args.eval or args.checkpoint or (f"{args.out}/last.pt" if args.resume else None)
     state = load_checkpoint(source, own=True) if source else None
     given = load_checkpoint(args.init) if args.init and not state else state
     torch.manual_seed(args.seed + world()[0])
-    (store := Path(args.out) / "data").mkdir(parents=True, exist_ok=True)
+    (store := Path(args.out) / "data" / Path(args.data).stem).mkdir(parents=True, exist_ok=True)
     if world()[0] > 0:
-        dist.barrier()  # the first process converts the data, the others then find it done
-    data = datasets.load_scenes(args.seed, args.scenes, store) if args.data == "scenes" else datasets.load_data(
-        args.data, args.root, args.features, args.phrases, args.skip_bad, given and given.get("tokens"),
-        given["config"]["feature_size"] if given and "config" in given else None, store)
+        dist.barrier()  # the first process converts the data, for hours if need be, the others then find it done
+    known = given or {}
+    data = datasets.load_scenes(args.seed, args.scenes, store, known.get("tokens")) if args.data == "scenes" else datasets.load_data(
+        args.data, args.root, args.features, args.phrases, args.skip_bad, known.get("tokens"), known.get("config", {}).get("feature_size"), store)
     if world()[1] > 1 and world()[0] == 0:
         dist.barrier()
     for note in data.notes:

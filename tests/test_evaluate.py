@@ -306,6 +306,7 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     caption_ids, image_ids = [11, 5, 17, 99, 20, 21, 30, 31], [391895, 7, 42, 180]
     left_out = [1000, 1001]  # of an image that is not in this split, in the middle
     np.save(tmp_path / "coco_test_ids.npy", np.array(caption_ids[:4] + left_out + caption_ids[4:]))
+    assert evaluate.eccv_metrics(scores, world, "test", tmp_path) == {}, "half of the files"
     owners = {**{c: [image_ids[n // 2]] for n, c in enumerate(caption_ids)}, **{c: [5] for c in left_out}}
     tables = {"original_caption_to_image": owners,
               "eccv_image_to_caption": {391895: [5, 11, 17, 1000, 5], 42: [20, 21, 31], 5: [1000]},

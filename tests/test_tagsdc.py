@@ -67,8 +67,31 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
     assert metrics(tmp_path / "cut")["test"] == metrics(world)["test"]
 
 
+def test_a_signal_in_the_last_step_costs_nothing(world, tmp_path):
+    def kill(self, *arguments, original=tagsdc.Run.report):
+        self.asked = signal.SIGTERM if self.at["phase"] == 2 and arguments[-1] else 0
+        original(self, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tagsdc.Run, "report", kill)
+        assert rerun(tmp_path / "cut", world) == 143
+    assert tagsdc.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert metrics(tmp_path / "cut")["test"] == metrics(world)["test"]
+
+
+def test_a_term_is_logged_as_the_mean_over_the_steps_that_had_it(world, tmp_path):
+    for every in ("1", "2"):
+        rerun(tmp_path / every, world, "--phases", "warmup=1", "--steps", "4", "--words-first", "0.75", "--log-every", every)
+    assert rows(tmp_path / "2")[-1]["itm"] == rows(tmp_path / "1")[-1]["itm"], "only the last of the four steps learns matching"
+
+
+def test_a_checkpoint_brings_its_vocabulary_to_another_world(world, tmp_path):
+    assert tagsdc.main([*SMALL, "--seed", "1", "--init", str(world / "best.pt"), "--out", str(tmp_path)]) == 0
+    own, other = (torch.load(out / "best.pt", weights_only=True)["tokens"] for out in (world, tmp_path))
+    assert own == other
+
+
 def test_eval_reproduces_the_final_figures(world, capsys):
-    assert tagsdc.main(["--eval", str(world / "best.pt"), "--dtype", "float32", "--device", "cpu"]) == 0
+    assert tagsdc.main(["--eval", str(world / "best.pt"), "--device", "cpu"]) == 0  # in float32, as it was trained
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("RSum")]
     assert [row[-1] for row in rows] == [f"{metrics(world)['test']['rsum']:.2f}"]
 
@@ -131,11 +154,11 @@ def test_query_and_image_search(world, capsys):
 
 @pytest.mark.parametrize("options, words", [
     ("--hard 50 --maskings 2 --refills 3", "--hard 50"), ("--pool 3", "--pool 3"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
-    ("--dropout 1", "--dropout"), ("--phases warmup", "--phases"), ("--phases tags=0.0", "above 0"), ("--query x", "--checkpoint"), ("--size huge", "huge"),
+    ("--dropout 1", "--dropout"), ("--phases warmup", "--phases"), ("--phases tags=0.0", "above 0"), ("--query x", "--checkpoint"), ("--checkpoint {best}", "--query"), ("--size huge", "huge"),
     ("--eval nothing.pt", "nothing.pt"), ("--init nothing.pt", "nothing.pt"), ("--init {readme} --phases warmup=1", "no other phase"), ("--data coco --root nowhere", "dataset_coco.json"), ("--init {readme}", "README.md"),
     ("--device mps", "mps"), ("--resume --out {out}", "last.pt")])
 def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
-    options = options.format(readme=ROOT / "README.md", out=tmp_path / "empty").split()
+    options = options.format(readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt").split()
     try:
         code = tagsdc.main([*([] if "--data" in options or "--eval" in options else ["--scenes", "60", "10", "10"]), "--out", str(tmp_path), *options]
                            if "--out" not in options else options)
