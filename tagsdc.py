@@ -473,7 +473,7 @@ def parse_arguments(argv):
     add("--truth-threshold", type=float, default=0.1, help="likelier words are taken for true and not refilled (paper: 1, no such filter)")
     add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
     for term, default, text in (("tags", 0.3, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
-                                ("wod", 0.2, "word discrimination (paper: 5e-4)"), ("woc", 0.2, "word correction (paper: 5e-4)")):
+                                ("wod", 0.02, "word discrimination (paper: 5e-4)"), ("woc", 0.02, "word correction (paper: 5e-4)")):
         add(f"--lambda-{term}", type=float, default=default, help=f"weight of {text}; 0 switches it off")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run directory (default: runs/ and the name of the data)")
