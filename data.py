@@ -41,15 +41,19 @@ def _read(path, parse=lambda text: text.rstrip("\n").split("\n"), mend="a whole 
     with _blame(path, mend=mend):
         return parse(Path(path).read_text(encoding="utf-8"))
 
+def write_atomically(path, write):
+    """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
+    write(path.with_name(path.name + ".part"))
+    os.replace(path.with_name(path.name + ".part"), path)
+
 def _remember(path, key, make, again=False):
     """The JSON value of make(), or what the file `path` holds of it since the last call, if that had the same key."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):       # no such file, or a harmed one
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key and not again:
             return kept["value"]
-    text, part = json.dumps({"key": key, "value": make()}), Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps({"key": key, "value": make()})
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
     return json.loads(text)["value"]                     # of the same types as later
 
 # ---- words and word pieces -------------------------------------------------------------------------------------------

@@ -86,14 +86,14 @@ def equal_groups(sizes, most):
 def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=lambda *_: None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
     captions: (C,) long, those wanted, in that order; None = all.  images: (I,) likewise.  progress: called with the pairs done and all.
-    An image is prepared once, a caption once for every thousand images; beside the result itself, memory does not grow."""
+    An image is prepared once, a caption once for every 256 images; beside the result itself, memory does not grow."""
     content = data.splits[split]
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
     images = torch.arange(len(content.images)) if images is None else images
     lengths = (data.text(split, captions) != data.tokenizer.pad_id).sum(1)
     scores, done = torch.empty(len(captions), len(images)), 0
     with inference(model, device, dtype):
-        for columns in equal_groups(torch.as_tensor(data.regions.counts[content.rows[images]]), 1024):
+        for columns in equal_groups(torch.as_tensor(data.regions.counts[content.rows[images]]), 256):
             pictures = model.prepare_regions(*(x.to(device) for x in data.image(split, images[columns])[:2]))  # no padding, no mask
             for rows in equal_groups(lengths, 256):
                 texts = model.prepare_text(data.text(split, captions[rows]).to(device))
@@ -259,15 +259,13 @@ def draw_search(path, query, picture, results):
         (image, [(f"{place}.", score, text)]) for place, (image, text, score) in enumerate(results, 1))])
 
 def picture_of(data, split, image):
-    """What stands for an image in our pictures: the drawn scene, or the boxes of its regions where it is a photograph."""
-    return draw(data.splits[split].scenes[image]) if data.splits[split].scenes else draw_regions(data.image(split, [image])[1][0])
-
-def draw_regions(boxes, size=168):
-    """A stand-in where there is no picture to show: the regions' boxes (R, 4 or more) as fractions -> PIL image."""
-    image = Image.new("RGB", (size, size), SHADES[0])
-    for i, box in enumerate((boxes[:, :4] * (size - 1)).tolist()):
-        ImageDraw.Draw(image).rectangle(box, outline=LINES[i % len(LINES)])
-    return image
+    """What stands for an image in our pictures, a PIL image: the drawn scene, or the boxes of its regions where it is a photograph."""
+    if data.splits[split].scenes:
+        return draw(data.splits[split].scenes[image])
+    sheet = Image.new("RGB", (168, 168), SHADES[0])
+    for i, box in enumerate((data.image(split, [image])[1][0, :, :4] * 167).tolist()):
+        ImageDraw.Draw(sheet).rectangle(box, outline=LINES[i % len(LINES)])
+    return sheet
 
 def draw_curves(path, rows):
     """The PANELS over the steps of a log, the phases shaded. rows: dicts, as csv.DictReader reads them from log.csv."""

@@ -25,8 +25,8 @@ def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, prob
     """Masks whole phrases of each caption, M times over (METHOD 3.1).
     input_ids: (B, T) long.  phrases: (B, P, T) bool membership; a caption without any phrase, or None, masks single words.
     vocabulary_range: (first, end) of the ordinary word ids; others (special tokens, padding, unknown words) are never masked.
-    A phrase is chosen with `probability`, averaged over its tokens, where a token that lies in f phrases contributes probability / f; if
-    none was chosen, one random phrase is. All its tokens are masked together: 80% become mask_id, 10% a random word, 10% stay.
+    A phrase is chosen with `probability`, averaged over its tokens (a token in f phrases counts probability / f), and one at random if none
+    was. All its tokens are masked together: 80% become mask_id, 10% a random word, 10% stay.
     Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere."""
     (b, t), device, (first, end) = input_ids.shape, input_ids.device, vocabulary_range
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
@@ -53,9 +53,8 @@ def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=
     """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
     masked, labels: (B, M, T) long from `mask_phrases`; labels may lie on the CPU when all else is on a GPU, and nothing waits for it then.
     Only ids in vocabulary_range are ever sampled.  chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states
-    (n, T, D), and project (q, D) -> (q, V) turns those of the masked positions alone into logits, which spares the vocabulary elsewhere.
-    truth_threshold: a word that `fill` believes in with a higher probability is never sampled, for it is likely true of the image; the
-    original is exempt, so that single words of a phrase can be wrong. 1 = off, as in the paper.
+    (n, T, D), and project (q, D) -> (q, V) makes logits of the masked ones alone.  truth_threshold: a word more probable than this is likely
+    true of the image and never sampled, save the original, so that single words of a phrase can be wrong. 1 = off, as in the paper.
     Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
     (b, m, t), (first, end) = masked.shape, vocabulary_range
     candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)
@@ -96,8 +95,7 @@ def drop_non_negatives(candidates, positives, pad_id=0):
 def select_hardest(scores, valid, h):
     """The h highest-scoring usable candidates of each row (METHOD 3.4).
     scores: (B, N) float, the higher the harder; one that is not finite is not usable.  valid: (B, N) bool, True = usable.
-    Returns index (B, h) long and kept (B, h) bool, hardest first; kept is False where a row ran out of usable candidates, and
-    such an index must not be used. Raises ValueError if h > N, naming both."""
+    Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out of candidates. Raises ValueError if h > N."""
     if h > scores.size(1):
         raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
     usable = valid & scores.isfinite()
@@ -111,8 +109,7 @@ def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, voc
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select (METHOD 3).
     fill, match: the two callables of the module docstring.  input_ids: (B, T) long.  phrases: (B, P, T) bool, or None.
     positives: (B, C, T') long, all true captions of each image, the anchor among them, padded with pad_id.
-    masks: (masked ids, labels) of `mask_phrases`, drawn here if not given, so that the MLM loss can share them.
-    Other arguments as in the functions above; hard = H may not exceed M * K.
+    masks: (masked ids, labels) of `mask_phrases`, drawn here if not given, so that the MLM loss can share them. Others as above; H <= M * K.
     Returns Negatives(sentences, valid, labels). Valid sentences are pairwise different within a row, hardest first, hold no
     special token that the caption lacks, and equal none of `positives`; the others are all padding with labels of -1."""
     masked, labels = masks or mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator)

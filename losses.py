@@ -20,9 +20,8 @@ def masked_mean(values, valid):
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None):
     """mean [margin + s(negative) - s(positive)]+ over all usable negatives, not only the hardest (METHOD 2 and 3.5).
-    positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.  negatives: (B, H) float, those of the pairs that must
-    lie `margin` below.  valid: (B, H) bool, True = a usable negative; None = all are.  Agrees with the official rank loss.
-    Raises ValueError when the shapes do not belong together."""
+    positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.  negatives: (B, H) float, those that must lie `margin` below.
+    valid: (B, H) bool, None = all are usable.  Agrees with the official rank loss. Raises ValueError when the shapes do not fit."""
     if positive.dim() != 1 or negatives.dim() != 2 or negatives.size(0) != positive.size(0):
         raise ValueError(f"positive must be (B,) and negatives (B, H), got {tuple(positive.shape)} and {tuple(negatives.shape)}")
     hinge = (margin + negatives.float() - positive.float()[:, None]).clamp(min=0)  # (B, H)

@@ -3,7 +3,7 @@ Letters: B pairs, T text positions, R regions, S = T + R, D hidden, V vocabulary
 prepared once and then met in N pairs. Every mask: True = real. A sequence: T text positions ([CLS] w1 .. wn [SEP], padded), then R regions."""
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn as nn
@@ -53,10 +53,18 @@ class Prepared:
     states: torch.Tensor       # (A, L, D)
     qkv: torch.Tensor          # (A, L, 3D)
     mask: torch.Tensor | None  # (A, L) bool, None = nothing is padded
+    def first(self, n):  # of them alone
+        return Prepared(*(t if t is None else t[:n] for t in (self.states, self.qkv, self.mask)))
 
-    def rows(self, index, end=None):
-        """The rows at `index` (N,) long, cut off at position `end`."""
-        return Prepared(*(t if t is None else t[:, :end].index_select(0, index) for t in (self.states, self.qkv, self.mask)))
+def _join(texts, text_index, images, image_index):
+    """The sequences of N pairs: a table of the states and one of the q, k, v of all texts and images, (A * T + I * R, D) and (.., 3D), where in
+    it each sequence lies (N, S) long, and what of it is real (N, S) bool or None."""
+    both, index = (texts, images), (text_index, image_index)
+    table = [torch.cat([part.flatten(0, 1) for part in parts]) for parts in ([p.states for p in both], [p.qkv for p in both])]
+    rows = torch.arange(len(table[0]), device=text_index.device).split([p.states[..., 0].numel() for p in both])
+    places = torch.cat([row.view(p.states.shape[:2])[i] for row, p, i in zip(rows, both, index)], 1)
+    masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in both]
+    return table, places, None if texts.mask is None and images.mask is None else torch.cat([mask[i] for mask, i in zip(masks, index)], 1)
 
 _norm = partial(nn.LayerNorm, eps=1e-12)
 
@@ -83,7 +91,7 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(self.feature_norm(self.feature(features)) + self.box_norm(self.box(boxes)) + token_type))
 
 class Layer(nn.Module):
-    """One post-norm BERT layer. `queries` rows of the input come out; keys and values are always all of it."""
+    """One post-norm BERT layer."""
     def __init__(self, c):
         super().__init__()
         self.heads, self.p = c.heads, c.dropout
@@ -91,25 +99,33 @@ class Layer(nn.Module):
         self.up, self.down, self.norm = nn.Linear(c.hidden, c.intermediate), nn.Linear(c.intermediate, c.hidden), _norm(c.hidden)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, mask, qkv=None):  # (N, S, D), (N, 1, 1, S) bool or None -> (N, S, D)
-        return self.mix(x, *(self.qkv(x) if qkv is None else qkv).chunk(3, -1), mask)
-
-    def first_row(self, x, mask, qkv=None):
-        """The same for row 0 ([CLS]) alone, all that matching needs of the last layer: (N, S, D) -> (N, 1, D)."""
-        row, d = x[:, :1], x.size(-1)
-        q = F.linear(row, self.qkv.weight[:d], self.qkv.bias[:d]) if qkv is None else qkv[:, :1, :d]
-        kv = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]) if qkv is None else qkv[..., d:]
-        return self.mix(row, q, *kv.chunk(2, -1), mask)
-
-    def mix(self, x, q, k, v, mask):  # x, q (N, Q, D); k, v (N, S, D) -> (N, Q, D)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, heads, Q or S, D / heads)
+    def forward(self, x, mask, qkv=None, at=None):  # (N, S, D), (N, S) bool or None -> (N, S, D), or of the q places `at` alone (q, D)
+        qkv, mask = self.qkv(x) if qkv is None else qkv, mask if mask is None else mask[:, None, None]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (N, heads, S, D / heads)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there fused attention is half as fast, and its backward an eighth
-            scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (N, heads, Q, S)
-            scores = scores if mask is None else scores.where(mask, -torch.inf)
-            context = F.dropout(scores.softmax(-1, dtype=torch.float32), self.p, self.training).to(v.dtype) @ v
+            context = self.weights(q * q.size(-1) ** -0.5 @ k.transpose(2, 3), mask).to(v.dtype) @ v
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
-        x = self.attention_norm(x + self.dropout(self.out(context.transpose(1, 2).flatten(2))))
+        context = context.transpose(1, 2).flatten(2)
+        return self.finish(x, context) if at is None else self.finish(x[at], context[at])
+
+    def first_row(self, x, mask, _=None):
+        """The same for row 0 ([CLS]) alone, all that matching needs of the last layer: (N, S, D) -> (N, 1, D). With one query it is cheaper
+        to write q (x Wk)' as (q Wk) x' and a (x Wv) as (a x) Wv. The keys' bias adds the same to every score: it changes no weight a."""
+        with torch.autocast(x.device.type, enabled=False):
+            (wq, wk, wv), (bq, _, bv) = (t.unflatten(0, (3, self.heads, -1)) for t in (self.qkv.weight, self.qkv.bias))  # (heads, D / heads, D)
+            q = torch.einsum("nd,hed->nhe", x[:, 0], wq) + bq                                 # (N, heads, D / heads)
+            scores = torch.einsum("nhe,hed->nhd", q * q.size(-1) ** -0.5, wk) @ x.transpose(1, 2)
+            a = self.weights(scores, mask if mask is None else mask[:, None]).to(x.dtype)     # (N, heads, S)
+            context = torch.einsum("nhd,hed->nhe", a @ x, wv) + a.sum(-1, keepdim=True) * bv
+        return self.finish(x[:, :1], context.flatten(1)[:, None])
+
+    def weights(self, scores, mask):  # (..., S) -> (..., S) float32
+        scores = scores if mask is None else scores.where(mask, -torch.inf)
+        return F.dropout(scores.softmax(-1, dtype=torch.float32), self.p, self.training)
+
+    def finish(self, x, context):  # (..., D) each -> (..., D)
+        x = self.attention_norm(x + self.dropout(self.out(context)))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 class WordHead(nn.Module):
@@ -153,7 +169,8 @@ class TagsDC(nn.Module):
         """Encodes B pairs: input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as fractions of the image (x1, y1, x2, y2, w, h,
         w*h), text_mask (B, T) and region_mask (B, R) bool; a None mask says that nothing is padded.
         Returns hidden (B, T + R, D), text positions first. Rows of padding are meaningless, and no real row depends on them."""
-        return self._encode(self._join(self.prepare_text(input_ids, text_mask), self.prepare_regions(features, boxes, region_mask)))
+        row = torch.arange(len(input_ids), device=input_ids.device)
+        return self.encode_pairs(self.prepare_text(input_ids, text_mask), row, self.prepare_regions(features, boxes, region_mask), row)
 
     def prepare_text(self, input_ids, text_mask=None):
         """Embeds captions and projects them for the first layer, once, whatever images they will meet. (A, T) long -> Prepared."""
@@ -165,47 +182,39 @@ class TagsDC(nn.Module):
         states = self.region(features, boxes, self.token_type.weight[1])
         return Prepared(states, self.layers[0].qkv(states), region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index):
-        """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D)."""
-        return self._encode(self._join(texts.rows(text_index), images.rows(image_index)))
+    def encode_pairs(self, texts, text_index, images, image_index, at=None):
+        """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D), or that of the places
+        `at`, two (q,) long, of pairs and of positions, alone (q, D), which spares the rest most of the last layer."""
+        return self._encode(*_join(texts, text_index, images, image_index), partial(self.layers[-1], at=at))
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
-        batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of
-        about equal text length then share a pass, padded no further than the longest; a GPU would have to be asked for it."""
-        order, length = torch.arange(len(text_index), device=text_index.device), None
-        if batch and batch < len(order) and texts.mask is not None and order.device.type == "cpu":
-            length = texts.mask.sum(1)[text_index]                            # (N,)
-            order = length.argsort()
-        logits = []
-        for chunk in order.split(batch or len(order)):
-            text = texts.rows(text_index[chunk], None if length is None else length[chunk[-1]])
-            logits.append(self.match(self._encode(self._join(text, images.rows(image_index[chunk])), cls_only=True)))
-        return torch.cat(logits) if length is None else torch.cat(logits)[order.argsort()]
+        batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of about
+        equal length then share a pass, without the padding between text and regions; a GPU would have to be asked for the lengths."""
+        (table, places, mask), order, logits = _join(texts, text_index, images, image_index), None, []
+        if mask is not None and mask.device.type == "cpu":
+            mask, front = mask.sort(stable=True, dim=1, descending=True)
+            order = mask.sum(1).argsort()
+            places, mask = places.gather(1, front)[order], mask[order]
+        passes = places.split(batch or max(len(places), 1))
+        for rows, real in zip(passes, [None] * len(passes) if mask is None else mask.split(len(passes[0]) or 1)):
+            if order is not None:
+                width = real.any(0).sum().clamp(min=1)
+                rows, real = rows[:, :width], None if real[:, :width].all() else real[:, :width]
+            logits.append(self.match(self._encode(table, rows, real, self.layers[-1].first_row)))
+        return torch.cat(logits) if order is None else torch.cat(logits)[order.argsort()]
 
-    @staticmethod
-    def _join(text, image):
-        masks = (p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in (text, image))
-        mask = None if text.mask is None and image.mask is None else torch.cat(tuple(masks), 1)[:, None, None]  # (N, 1, 1, S)
-        return Prepared(torch.cat((text.states, image.states), 1), torch.cat((text.qkv, image.qkv), 1), mask)
-
-    def _encode(self, pair, cls_only=False):  # -> (N, S, D), or (N, 1, D)
-        x, qkv = pair.states, pair.qkv
-        for layer in self.layers:
-            step = layer.first_row if cls_only and layer is self.layers[-1] else layer
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(step, x, pair.mask, qkv, use_reentrant=False) if recompute else step(x, pair.mask, qkv)
+    def _encode(self, table, places, mask, last):  # (N, S) long, (N, S) bool or None; what stands for the last layer -> its result
+        x, qkv = (F.embedding(places, rows) for rows in table)
+        for layer in (*self.layers[:-1], last):
+            x = checkpoint(layer, x, mask, qkv, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(x, mask, qkv)
             qkv = None  # later layers make their own
         return x
 
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off the pooled [CLS]; s(I, T) is their sigmoid."""
         with torch.autocast(hidden.device.type, enabled=False):  # one bfloat16 logit in 256 would tie with another
-            return self.rank(self.pool(hidden.to(self.rank.weight.dtype)))[:, 0]
-
-    def pool(self, hidden):
-        """tanh(Linear(h_[CLS])): (B, S, D) -> (B, D)."""
-        return torch.tanh(self.pooler(hidden[:, 0]))
+            return self.rank(torch.tanh(self.pooler(hidden[:, 0].to(self.rank.weight.dtype))))[:, 0]
 
     def fill(self, hidden):
         """Masked-LM logits of text positions: (..., D) -> (..., V). Hand it the masked positions alone to spare the rest."""
@@ -236,8 +245,7 @@ class TagsDC(nn.Module):
         for name, parts in names.items():
             for part, place in zip(parts, own[name].chunk(len(parts))):
                 if part in state and state[part].shape != place.shape:
-                    raise ValueError(
-                        f"{part} is {(*state[part].shape,)}, the model needs {(*place.shape,)}: check the sizes and the vocabulary")
+                    raise ValueError(f"{part} is {(*state[part].shape,)}, not {(*place.shape,)}: check the sizes and the vocabulary")
                 if part not in state and part.startswith("uniter."):
                     raise ValueError(f"not complete UNITER weights: {part} is missing")
         fitted = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items() if parts[0] in state}
@@ -275,7 +283,5 @@ _TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decode
 
 def _official(state_dict):
     """Modern official names: no `module.` prefix, `bert.` -> `uniter.`, gamma / beta -> weight / bias."""
-    def modern(key):
-        key = re.sub(r"^bert\.", "uniter.", key.removeprefix("module."))
-        return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
-    return {modern(key): value for key, value in state_dict.items()}
+    changes = ((r"^module\.", ""), (r"^bert\.", "uniter."), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
+    return {reduce(lambda name, change: re.sub(*change, name), changes, key): value for key, value in state_dict.items()}

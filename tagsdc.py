@@ -119,7 +119,7 @@ class Objective(torch.nn.Module):
             sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
             flat, labels, h = sentences.flatten(0, 1), labels.flatten(0, 1), sentences.size(1)  # (B * H, T) each
             hidden = model.encode_pairs(model.prepare_text(flat, flat != self.pad), torch.arange(b * h, device=ids.device),
-                                        images, row.repeat_interleave(h))
+                                        images.first(b), row.repeat_interleave(h))
             synthetic, words = model.match(hidden).sigmoid().view(b, h), hidden[:, :flat.size(1)]
             seen.update(synthetic=losses.masked_mean(synthetic, valid), kept=valid.float().mean())
             if "tags" in weights:
@@ -130,10 +130,11 @@ class Objective(torch.nn.Module):
                 terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
         if "mlm" in weights:
             masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
-            line, column = (targets >= 0).nonzero().to(ids.device, non_blocking=True).unbind(1)  # targets lie on the CPU
+            places = (targets >= 0).nonzero().T  # (2, q), on the CPU, as targets are
+            places = torch.nn.functional.pad(places, (0, -places.size(1) % 128))  # with a [CLS], no target: few shapes to prepare kernels for
             hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
-                                        images, row.repeat_interleave(len(masked) // b))
-            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden[line, column]), targets[targets >= 0].to(ids.device, non_blocking=True))
+                                        images.first(b), row.repeat_interleave(len(masked) // b), tuple(places.to(ids.device, non_blocking=True)))
+            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden), targets[tuple(places)].to(ids.device, non_blocking=True))
         return terms, seen
 
 def training_step(objective, data, args, weights, rng, device_rng, device):
@@ -151,7 +152,7 @@ def training_step(objective, data, args, weights, rng, device_rng, device):
             images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
             retrieved = retrieve_negatives(model, texts, images, batch, args)
             if SYNTHETIC & weights.keys():
-                negatives = write_negatives(model, images, batch, data.tokenizer, args, device_rng)
+                negatives = write_negatives(model, images.first(len(batch["masked"])), batch, data.tokenizer, args, device_rng)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
         terms, seen = objective(batch, weights, retrieved, negatives)
     loss = sum(weights[name] * term for name, term in terms.items())
@@ -170,11 +171,6 @@ def say(text, passing=False):
     """Prints a line; on a terminal a passing one is overwritten by the next."""
     if world()[0] == 0:
         print("\r\033[K" * sys.stdout.isatty() + text, end="" if passing and sys.stdout.isatty() else "\n", flush=True)
-
-def write_atomically(path, write):
-    """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
-    write(path.with_name(path.name + ".part"))
-    os.replace(path.with_name(path.name + ".part"), path)
 
 def world():
     """(rank of this process, number of processes)."""
@@ -196,7 +192,7 @@ class Run:
         """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
         groups = [dict(params=[p for p in self.model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
                   for decayed in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def save(self, name):
         """Writes everything that --resume, --eval and --checkpoint need."""
@@ -205,7 +201,7 @@ class Run:
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
                          rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()],
                          arguments=vars(self.args) | dict(dtype=str(self.args.dtype).removeprefix("torch.")))
-            write_atomically(self.out / name, lambda path: torch.save(state, path))
+            datasets.write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def resume(self, state):
         """Takes up where the checkpoint `state` stands; processes other than the first, and another kind of device, draw afresh from there on."""
@@ -292,7 +288,7 @@ class Run:
         if self.rank == 0:
             names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
             table = "".join(",".join(str(line.get(name, "")) for name in names) + "\n" for line in [dict(zip(names, names)), *self.at["log"]])
-            write_atomically(self.out / "log.csv", lambda path: path.write_text(table))
+            datasets.write_atomically(self.out / "log.csv", lambda path: path.write_text(table))
 
 def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
@@ -395,13 +391,13 @@ def finish(args, data, model, device, state):
     for name, value in metrics.items():
         say(f"{TABLE.get(name, name):42}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
     if args.save_scores:
-        write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
+        datasets.write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
     picture_negatives(out / "negatives.png", data, split, scores, made)
     if not args.eval:
         evaluate.draw_curves(out / "curves.png", state["log"])
         record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": vars(args) | {"dtype": str(args.dtype)}, "seed": args.seed,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
-        write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+        datasets.write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 def search(args, data, model, device, count=6):

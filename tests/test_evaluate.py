@@ -1,4 +1,5 @@
 """Recall, pair scores, analyses and probes, each against a slow or hand-made reference."""
+import dataclasses
 import json
 from pathlib import Path
 
@@ -347,7 +348,8 @@ def test_pictures_are_drawn(tmp_path, world):
     evaluate.draw_curves(tmp_path / "curves.png", log)
     evaluate.draw_curves(tmp_path / "one.png", log[:1])
     evaluate.draw_search(tmp_path / "query.png", "a star", None, [(picture, "one", 0.9), (picture, "two", 0.8)])
-    boxes = evaluate.draw_regions(world.image("test", [0])[1][0])
+    photographs = dataclasses.replace(world, splits={"test": dataclasses.replace(world.splits["test"], scenes=None)})
+    boxes = evaluate.picture_of(photographs, "test", 0)
     evaluate.draw_search(tmp_path / "image.png", "one", boxes, [(None, "a star", 0.9)])
     sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert len(sizes) == 5 and {width for width, _ in sizes.values()} == {evaluate.WIDTH}

@@ -279,10 +279,18 @@ def test_encode_pairs_is_forward(model):
 
 
 @torch.no_grad()
-def test_prepared_rows_can_be_picked(model):
-    (texts, images), order = prepared(model), torch.tensor([2, 1])
-    scores = model.score_pairs(texts.rows(order), torch.arange(2), images.rows(order), torch.arange(2))
-    assert close(scores, model.match(model(*make_batch()))[order])
+def test_the_first_of_the_prepared_can_be_taken_alone(model):
+    (texts, images), row = prepared(model), torch.arange(2)
+    assert close(model.score_pairs(texts.first(2), row, images.first(2), row), model.match(model(*make_batch()))[:2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_encode_pairs_at_chosen_places_alone(layers):
+    torch.manual_seed(0)
+    model = TagsDC(Config(**{**SIZES, "layers": layers})).eval()
+    (texts, images), (t, i), at = prepared(model), pair_index(), (torch.tensor([0, 6, 3, 3]), torch.tensor([1, 0, 2, 2]))
+    assert close(model.encode_pairs(texts, t, images, i, at), model.encode_pairs(texts, t, images, i)[at])
 
 
 def test_no_pairs_no_scores(model):

@@ -52,7 +52,7 @@ def ours(weights, golden):
     ids, features, boxes, text_mask, region_mask = batch_of(golden)
     with torch.no_grad():
         hidden = model(ids, features, boxes, text_mask, region_mask)
-        words, pooled = hidden[:, :ids.size(1)], model.pool(hidden)
+        words, pooled = hidden[:, :ids.size(1)], torch.tanh(model.pooler(hidden[:, 0]))
         extras = model.uniter_extras
         texts, images = model.prepare_text(ids, text_mask), model.prepare_regions(features, boxes, region_mask)
         return {"hidden": hidden, "pooled": pooled, "rank_scores": model.match(hidden)[:, None],
