@@ -53,18 +53,18 @@ class Prepared:
     states: torch.Tensor       # (A, L, D)
     qkv: torch.Tensor          # (A, L, 3D)
     mask: torch.Tensor | None  # (A, L) bool, None = nothing is padded
-    def first(self, n):  # of them alone
+    def first(self, n):  # the first n alone
         return Prepared(*(t if t is None else t[:n] for t in (self.states, self.qkv, self.mask)))
 
 def _join(texts, text_index, images, image_index):
-    """The sequences of N pairs: a table of the states and one of the q, k, v of all texts and images, (A * T + I * R, D) and (.., 3D), where in
-    it each sequence lies (N, S) long, and what of it is real (N, S) bool or None."""
+    """The sequences of N pairs: states (A * T + I * R, D) and q, k, v (A * T + I * R, 3D) of all texts and images, where among them each
+    sequence lies (N, S) long, and what of it is real (N, S) bool or None."""
     both, index = (texts, images), (text_index, image_index)
-    table = [torch.cat([part.flatten(0, 1) for part in parts]) for parts in ([p.states for p in both], [p.qkv for p in both])]
-    rows = torch.arange(len(table[0]), device=text_index.device).split([p.states[..., 0].numel() for p in both])
+    states, qkv = (torch.cat([getattr(p, name).flatten(0, 1) for p in both]) for name in ("states", "qkv"))
+    rows = torch.arange(len(states), device=text_index.device).split([p.states[..., 0].numel() for p in both])
     places = torch.cat([row.view(p.states.shape[:2])[i] for row, p, i in zip(rows, both, index)], 1)
     masks = [p.states.new_ones(p.states.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in both]
-    return table, places, None if texts.mask is None and images.mask is None else torch.cat([mask[i] for mask, i in zip(masks, index)], 1)
+    return states, qkv, places, None if texts.mask is None and images.mask is None else torch.cat([mask[i] for mask, i in zip(masks, index)], 1)
 
 _norm = partial(nn.LayerNorm, eps=1e-12)
 
@@ -99,24 +99,23 @@ class Layer(nn.Module):
         self.up, self.down, self.norm = nn.Linear(c.hidden, c.intermediate), nn.Linear(c.intermediate, c.hidden), _norm(c.hidden)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, mask, qkv=None, at=None):  # (N, S, D), (N, S) bool or None -> (N, S, D), or of the q places `at` alone (q, D)
+    def forward(self, x, mask, qkv=None, at=...):  # (N, S, D), (N, S) bool or None -> (N, S, D)[at]
         qkv, mask = self.qkv(x) if qkv is None else qkv, mask if mask is None else mask[:, None, None]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (N, heads, S, D / heads)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there fused attention is half as fast, and its backward an eighth
             context = self.weights(q * q.size(-1) ** -0.5 @ k.transpose(2, 3), mask).to(v.dtype) @ v
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
-        context = context.transpose(1, 2).flatten(2)
-        return self.finish(x, context) if at is None else self.finish(x[at], context[at])
+        return self.finish(x[at], context.transpose(1, 2).flatten(2)[at])
 
-    def first_row(self, x, mask, _=None):
+    def first_row(self, x, mask, qkv=None):
         """The same for row 0 ([CLS]) alone, all that matching needs of the last layer: (N, S, D) -> (N, 1, D). With one query it is cheaper
         to write q (x Wk)' as (q Wk) x' and a (x Wv) as (a x) Wv. The keys' bias adds the same to every score: it changes no weight a."""
         with torch.autocast(x.device.type, enabled=False):
-            (wq, wk, wv), (bq, _, bv) = (t.unflatten(0, (3, self.heads, -1)) for t in (self.qkv.weight, self.qkv.bias))  # (heads, D / heads, D)
-            q = torch.einsum("nd,hed->nhe", x[:, 0], wq) + bq                                 # (N, heads, D / heads)
+            (wq, wk, wv), (bq, _, bv) = (t.to(x.dtype).unflatten(0, (3, self.heads, -1)) for t in (self.qkv.weight, self.qkv.bias))
+            q = torch.einsum("nd,hed->nhe", x[:, 0], wq) + bq              # (N, heads, D / heads); wq, wk, wv: (heads, D / heads, D)
             scores = torch.einsum("nhe,hed->nhd", q * q.size(-1) ** -0.5, wk) @ x.transpose(1, 2)
-            a = self.weights(scores, mask if mask is None else mask[:, None]).to(x.dtype)     # (N, heads, S)
+            a = self.weights(scores, mask if mask is None else mask[:, None]).to(x.dtype)  # (N, heads, S)
             context = torch.einsum("nhd,hed->nhe", a @ x, wv) + a.sum(-1, keepdim=True) * bv
         return self.finish(x[:, :1], context.flatten(1)[:, None])
 
@@ -182,30 +181,30 @@ class TagsDC(nn.Module):
         states = self.region(features, boxes, self.token_type.weight[1])
         return Prepared(states, self.layers[0].qkv(states), region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index, at=None):
-        """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D), or that of the places
-        `at`, two (q,) long, of pairs and of positions, alone (q, D), which spares the rest most of the last layer."""
+    def encode_pairs(self, texts, text_index, images, image_index, at=...):
+        """forward() for the pairs (texts[text_index], images[image_index]), both (N,) long -> hidden (N, T + R, D); at: two (q,) long, of
+        pairs and of positions -> hidden[at] (q, D) alone, which spares the rest most of the last layer."""
         return self._encode(*_join(texts, text_index, images, image_index), partial(self.layers[-1], at=at))
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) with the last layer worked out for [CLS] alone -> (N,) matching logits.
-        batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of about
-        equal length then share a pass, without the padding between text and regions; a GPU would have to be asked for the lengths."""
-        (table, places, mask), order, logits = _join(texts, text_index, images, image_index), None, []
+        batch: pairs in one pass, None = all at once; a hundred or so keep the working set in a CPU's cache. On a CPU pairs of about equal
+        length share a pass, and no padding stands between text and regions ([CLS] is always real); a GPU would have to be asked for lengths."""
+        (states, qkv, places, mask), order, logits = _join(texts, text_index, images, image_index), None, []
         if mask is not None and mask.device.type == "cpu":
-            mask, front = mask.sort(stable=True, dim=1, descending=True)
             order = mask.sum(1).argsort()
-            places, mask = places.gather(1, front)[order], mask[order]
+            mask, front = mask[order].sort(stable=True, dim=1, descending=True)
+            places = places[order].gather(1, front)
         passes = places.split(batch or max(len(places), 1))
         for rows, real in zip(passes, [None] * len(passes) if mask is None else mask.split(len(passes[0]) or 1)):
             if order is not None:
                 width = real.any(0).sum().clamp(min=1)
                 rows, real = rows[:, :width], None if real[:, :width].all() else real[:, :width]
-            logits.append(self.match(self._encode(table, rows, real, self.layers[-1].first_row)))
+            logits.append(self.match(self._encode(states, qkv, rows, real, self.layers[-1].first_row)))
         return torch.cat(logits) if order is None else torch.cat(logits)[order.argsort()]
 
-    def _encode(self, table, places, mask, last):  # (N, S) long, (N, S) bool or None; what stands for the last layer -> its result
-        x, qkv = (F.embedding(places, rows) for rows in table)
+    def _encode(self, states, qkv, places, mask, last):  # what _join returns; what stands for the last layer -> its result
+        x, qkv = F.embedding(places, states), F.embedding(places, qkv)
         for layer in (*self.layers[:-1], last):
             x = checkpoint(layer, x, mask, qkv, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(x, mask, qkv)
             qkv = None  # later layers make their own

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
@@ -130,11 +131,11 @@ class Objective(torch.nn.Module):
                 terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
         if "mlm" in weights:
             masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
-            places = (targets >= 0).nonzero().T  # (2, q), on the CPU, as targets are
-            places = torch.nn.functional.pad(places, (0, -places.size(1) % 128))  # with a [CLS], no target: few shapes to prepare kernels for
+            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,): on the CPU, as labels are
+            places, words = (F.pad(x, (0, -len(words) % 128), value=none) for x, none in ((places, 0), (words, -1)))  # few shapes: each costs a kernel
             hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
                                         images.first(b), row.repeat_interleave(len(masked) // b), tuple(places.to(ids.device, non_blocking=True)))
-            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden), targets[tuple(places)].to(ids.device, non_blocking=True))
+            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden), words.to(ids.device, non_blocking=True))
         return terms, seen
 
 def training_step(objective, data, args, weights, rng, device_rng, device):
@@ -192,7 +193,7 @@ class Run:
         """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
         groups = [dict(params=[p for p in self.model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
                   for decayed in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device != "mps")  # which torch 2.4 cannot
 
     def save(self, name):
         """Writes everything that --resume, --eval and --checkpoint need."""

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate, generate, losses, tagsdc  # noqa: E401,E402
-from model import Config, Layer, TagsDC  # noqa: E402
+from model import Config, Layer, TagsDC, _join  # noqa: E402
 
 COCO = {8: 1, 9: 2, 10: 8, 11: 24, 12: 24, 13: 16, 14: 10, 15: 6, 16: 3, 17: 2, 18: 1, 20: 1, 22: 1, 25: 1}  # length: %
 SIZES = {"tiny": dict(vocab=72, features=256, lengths=range(8, 19), regions=range(4, 10)),
@@ -208,27 +208,31 @@ def step(args, model, data):
     return compare(args, model, data, runners, args.anchors, 2 * options.pool + m + n + 3 * (1 + 3 * h + m), lambda dtype: {
         "agree": 1 - abs(loss[dtype] / loss["plain"] - 1), "difference": abs(loss[dtype] - loss["plain"])})
 
-class PerPair:
-    """Stands for a Prepared, but works its rows out anew for every pair."""
-    mask = None
-    def __init__(self, prepare, *inputs):
-        self.prepare, self.inputs = prepare, inputs
-    def rows(self, index, end=None):
-        return self.prepare(*(x[index] for x in self.inputs))
+def every_row(layer, x, mask, qkv=None):
+    """Layer.first_row with the keys and values of every row worked out."""
+    q, k, v = (t.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for t in (
+        F.linear(part, w, b) for part, w, b in zip((x[:, :1], x, x), layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3))))
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask is None else mask[:, None, None])
+    return layer.finish(x[:, :1], context.transpose(1, 2).flatten(2))
 
 def savings(args, model, data):
-    text, image, replace, rows = model.prepare_text, model.prepare_regions, mock.patch.object, []
-    data.features *= data.mask[..., None]  # so that padding can be told by its zeros
-    def blocks(sizes, most):  # in place of evaluate.equal_groups
-        return torch.arange(len(sizes)).split(most)
+    text, image, scored, replace, rows = model.prepare_text, model.prepare_regions, model.score_pairs, mock.patch.object, []
+    row = torch.arange(args.batch, device=args.device)
+    def given(*inputs):  # in place of model.prepare_text and prepare_regions
+        return inputs
+    def each_anew(texts, text_index, images, image_index, batch):  # in place of model.score_pairs
+        return torch.cat([scored(text(*(x[t] for x in texts)), row[:len(t)], image(*(x[i] for x in images)), row[:len(t)])
+                          for t, i in zip(text_index.split(batch), image_index.split(batch))])
+    def padded(texts, text_index, images, image_index, batch):  # in place of model.score_pairs
+        return torch.cat([model.match(model._encode(*_join(texts, t, images, i), model.layers[-1].first_row))
+                          for t, i in zip(text_index.split(batch), image_index.split(batch))])
     without = {  # name: [functions that make a context without the saving]
         "all": [],
-        "embeddings and first q, k, v once, not per pair": [partial(replace, model, "prepare_text", partial(PerPair, text)),
-                                                            partial(replace, model, "prepare_regions", partial(PerPair, image))],
+        "embeddings and first q, k, v once, not per pair": [partial(replace, model, name, value) for name, value in (
+            ("prepare_text", given), ("prepare_regions", given), ("score_pairs", each_anew))],
         "last layer for [CLS] alone": [partial(replace, Layer, "first_row", Layer.forward)],
-        "equal lengths, not padding": [
-            partial(replace, evaluate, "equal_groups", blocks), partial(replace, model, "prepare_text", lambda ids: text(ids, ids != 0)),
-            partial(replace, model, "prepare_regions", lambda features, boxes: image(features, boxes, features[..., 0] != 0))],
+        "... and its keys and values of no row": [partial(replace, Layer, "first_row", every_row)],
+        "pairs of equal length, not padding (CPU)": [partial(replace, model, "score_pairs", padded)],
         "fused attention": [partial(sdpa_kernel, SDPBackend.MATH)],
         "no_grad, not inference_mode": [torch.inference_mode]}
     def run(contexts, dtype):
@@ -260,13 +264,13 @@ def main():
             "what": dict(nargs="+", choices=measures, default=["score", "step"], help="default: score step"),
             "rounds": dict(type=int, default=5, help="measurements of each, after a warm-up (default 5)"),
             "pairs": dict(type=int, help="to score in a round (default: tiny 8192, base 128; 64 times that on a GPU)"),
-            "anchors": dict(type=int, help="in a step (default: tiny 2, base 1; 32 on a GPU)"),
+            "anchors": dict(type=int, help="in a step (default: tiny 8, base 1; 32 on a GPU)"),
             "batch": dict(type=int, help="pairs in one pass without gradient (default 128; 2048 on a GPU)")}.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     gpu, tiny, made = args.device.startswith("cuda"), args.size == "tiny", SIZES[args.size]
     args.pairs, args.batch = args.pairs or (8192 if tiny else 128) * (64 if gpu else 1), args.batch or (2048 if gpu else 128)
-    args.anchors = args.anchors or (32 if gpu else 2 if tiny else 1)
+    args.anchors = args.anchors or (32 if gpu else 8 if tiny else 1)
     torch.manual_seed(0)
     config = Config.preset(args.size, vocab_size=made["vocab"], feature_size=made["features"], dropout=0.0)
     model, rows, captions = TagsDC(config).to(args.device), [], max(1, round((args.pairs / 2) ** 0.5))

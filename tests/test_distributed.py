@@ -28,7 +28,6 @@ def setting(seed=0, b=4, h=3, t=7, v=20):
             p.copy_(torch.randn(p.shape, generator=g) * 0.2)
     ids = torch.randint(5, v, (b, t), generator=g)
     labels = torch.where(torch.rand(b, 2, t, generator=g) < torch.tensor([0.1, 0.2, 0.6, 0.9])[:, None, None], ids[:, None], -1)
-    labels[..., 0] = -1  # [CLS]
     batch = dict(input_ids=ids, features=torch.randn(b, 4, 6, generator=g), boxes=torch.rand(b, 4, 7, generator=g),
                  region_mask=torch.ones(b, 4, dtype=torch.bool), masked=torch.where(labels >= 0, 4, ids[:, None]), labels=labels)
     sentences = torch.randint(5, v, (b, h, t), generator=g)

@@ -271,6 +271,18 @@ def test_score_pairs_does_not_depend_on_its_batch_size(model, batch_size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text_padded, regions_padded", [(True, True), (True, False), (False, True)])
+def test_padding_may_lie_anywhere_and_in_either_modality(model, text_padded, regions_padded):
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    text_mask[:, 2], region_mask[:, 0] = False, region_mask.sum(1) == 1  # holes
+    text_mask, region_mask = text_mask if text_padded else None, region_mask if regions_padded else None
+    t, i = pair_index()
+    fast = model.score_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i, 3)
+    masks = text_mask[t] if text_padded else None, region_mask[i] if regions_padded else None
+    assert close(fast, model.match(model(ids[t], features[i], boxes[i], *masks)))
+
+
+@torch.no_grad()
 def test_encode_pairs_is_forward(model):
     ids, features, boxes, text_mask, region_mask = make_batch()
     (texts, images), (t, i) = prepared(model), pair_index()
