@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
@@ -131,8 +130,8 @@ class Objective(torch.nn.Module):
                 terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
         if "mlm" in weights:
             masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
-            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,): on the CPU, as labels are
-            places, words = (F.pad(x, (0, -len(words) % 128), value=none) for x, none in ((places, 0), (words, -1)))  # few shapes: each costs a kernel
+            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,): on the CPU, as labels are; few q: each costs a kernel
+            places, words = (torch.nn.functional.pad(x, (0, -len(words) % 128), value=none) for x, none in ((places, 0), (words, -1)))
             hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
                                         images.first(b), row.repeat_interleave(len(masked) // b), tuple(places.to(ids.device, non_blocking=True)))
             terms["mlm"] = losses.masked_lm_loss(model.fill(hidden), words.to(ids.device, non_blocking=True))
@@ -260,7 +259,7 @@ class Run:
                 return self.save("last.pt")
 
     def report(self, phase, terms, means, pace, lr, last):
-        """A row of the log after `pace` seconds a step; a validation where one is due, which is not before matching is learnt.
+        """A row of the log after `pace` seconds a step; a validation where one is due, which is not before the phase's heads have learnt.
         Raises InputError if training diverged."""
         args, total, split = self.args, sum(steps for _, steps, _, _ in self.plan), "val" if "val" in self.data.splits else "train"
         done = sum(steps for _, steps, _, _ in self.plan[:self.at["phase"]]) + self.at["step"]
@@ -277,8 +276,9 @@ class Run:
         dist.all_reduce(signals, dist.ReduceOp.MAX) if world()[1] > 1 else None  # all stop at the same step, or none
         self.signal = signals.item()
         self.at["log"].append(row)
-        period = max(1, self.plan[self.at["phase"]][1] // args.log_every // args.validations)
-        if last or not self.signal and terms.keys() - {"mlm"} and self.at["step"] // args.log_every % period == 0:
+        steps, step = self.plan[self.at["phase"]][1], self.at["step"]
+        learnt = terms.keys() - {"mlm"} and step >= steps / 2 * (phase == "dc")  # matching; the heads that are new in dc
+        if last or not self.signal and learnt and step // args.log_every % max(1, steps // args.log_every // args.validations) == 0:
             metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, args, self.device, args.val_images))
             row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
             say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
