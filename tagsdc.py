@@ -450,7 +450,7 @@ def parse_arguments(argv):
     add("--dropout", type=float, default=0.0, help="paper: 0.1")
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=10000, help="optimiser steps in all; the phases share them")
+    add("--steps", type=int, default=7000, help="optimiser steps in all; the phases share them")
     add("--phases", nargs="+", default=["warmup=16", "tags=3", "dc=1"], metavar="NAME=SHARE", help="phases and their shares of --steps")
     add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
     add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
