@@ -263,13 +263,13 @@ def main():
             "size": dict(choices=SIZES, default="tiny"), "device": dict(default="cpu", help="cpu or cuda"), "json": dict(help="file to write"),
             "what": dict(nargs="+", choices=measures, default=["score", "step"], help="default: score step"),
             "rounds": dict(type=int, default=5, help="measurements of each, after a warm-up (default 5)"),
-            "pairs": dict(type=int, help="to score in a round (default: tiny 8192, base 128; 64 times that on a GPU)"),
+            "pairs": dict(type=int, help="to score in a round (default: tiny 8192, base 512; 64 times that on a GPU)"),
             "anchors": dict(type=int, help="in a step (default: tiny 8, base 1; 32 on a GPU)"),
             "batch": dict(type=int, help="pairs in one pass without gradient (default 128; 2048 on a GPU)")}.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     gpu, tiny, made = args.device.startswith("cuda"), args.size == "tiny", SIZES[args.size]
-    args.pairs, args.batch = args.pairs or (8192 if tiny else 128) * (64 if gpu else 1), args.batch or (2048 if gpu else 128)
+    args.pairs, args.batch = args.pairs or (8192 if tiny else 512) * (64 if gpu else 1), args.batch or (2048 if gpu else 128)
     args.anchors = args.anchors or (32 if gpu else 8 if tiny else 1)
     torch.manual_seed(0)
     config = Config.preset(args.size, vocab_size=made["vocab"], feature_size=made["features"], dropout=0.0)
