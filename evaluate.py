@@ -86,17 +86,17 @@ def equal_groups(sizes, most):
 def score_matrix(model, data, split, device="cpu", dtype=torch.float32, score_batch=128, progress=lambda *_: None, captions=None, images=None):
     """Matching logits of every caption of a split with every image of it -> (C, I) float32 on the CPU.
     captions: (C,) long, those wanted, in that order; None = all.  images: (I,) likewise.  progress: called with the pairs done and all.
-    An image is prepared once, a caption once for every 256 images; beside the result, memory does not grow. A GPU gets groups of
-    equal sizes, without padding or masks; on a CPU score_pairs packs pairs of any."""
+    An image is prepared once, a caption once for every 256 images; beside the result, memory does not grow."""
     content, packed = data.splits[split], torch.device(device).type == "cpu"
     captions = torch.arange(len(content.captions)) if captions is None else torch.as_tensor(captions)
     images = torch.arange(len(content.images)) if images is None else images
     lengths, counts = (data.text(split, captions) != data.tokenizer.pad_id).sum(1), torch.as_tensor(data.regions.counts[content.rows[images]])
     scores, done = torch.empty(len(captions), len(images)), 0
+    groups = (lambda sizes, most: torch.arange(len(sizes)).split(most)) if packed else equal_groups  # score_pairs packs on a CPU; else no masks
     with inference(model, device, dtype):
-        for columns in equal_groups(counts * (not packed), 256):
+        for columns in groups(counts, 256):
             pictures = model.prepare_regions(*(x.to(device) for x in data.image(split, images[columns])[:2 + packed]))
-            for rows in equal_groups(lengths * (not packed), 256):
+            for rows in groups(lengths, 256):
                 texts = model.prepare_text(ids := data.text(split, captions[rows]).to(device), ids != data.tokenizer.pad_id if packed else None)
                 pairs = torch.arange(len(rows) * len(columns), device=device)
                 logits = model.score_pairs(texts, pairs // len(columns), pictures, pairs % len(columns), score_batch)

@@ -130,7 +130,7 @@ class Objective(torch.nn.Module):
                 terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
         if "mlm" in weights:
             masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
-            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,): on the CPU, as labels are; few q: each costs a kernel
+            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,), on the CPU as labels are; q in 128s: bfloat16 compiles for each
             places, words = (torch.nn.functional.pad(x, (0, -len(words) % 128), value=none) for x, none in ((places, 0), (words, -1)))
             hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
                                         images.first(b), row.repeat_interleave(len(masked) // b), tuple(places.to(ids.device, non_blocking=True)))
