@@ -1,110 +1,188 @@
-"""The data of TAGS-DC: captions as token ids and phrases, pictures as region features; published data sets and made ones.
-In this order: words and word pieces (WordPiece), phrases of a caption (parse_phrases), the region store (write_regions, Regions), data sets
-and their batches (Data), published region features (check_regions), a data set on disk (load_data), the embedded world (load_scenes).
-Letters: B images or captions of a batch, T tokens, R regions, F feature size, P phrases, C captions, I images.
-Masks are True where something real stands. Boxes are x1 y1 x2 y2 as shares of the picture, y down."""
-from collections import Counter, namedtuple
-from dataclasses import dataclass
-from pathlib import Path
+"""The data of TAGS-DC: captions become token ids and phrases, pictures become region features.
+
+    words and word pieces     split_words, WordPiece, build_vocabulary
+    region features on disk   write_regions, Regions, open_regions
+    data sets and batches     Split, Data
+    published features        a generator for each form, a line each in FORMS
+    a published data set      load_data
+    the embedded world        load_scenes
+
+Letters: B batch, T tokens, P phrases, R regions, F feature size, C captions, I images.
+Every mask: True = real. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
+"""
+
 import binascii
 import contextlib
 import functools
+import gc
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import struct
 import sys
 import time
 import unicodedata
+import warnings
+import zipfile
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from PIL import Image
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+
+from generate import parse_phrases
+
 
 class InputError(ValueError):
-    """Bad input. Its text is one line: what is wrong, where (file, row or image, field), how to mend it."""
+    """Bad input. Its text is one line: what is wrong, where, how to mend it."""
+
+
+def one_line(where, fault, advice):
+    """An exception as InputError. The readers of numpy, Pillow, zipfile and base64 raise a dozen
+    kinds on damaged files."""
+    if isinstance(fault, InputError):
+        return fault
+    kind = "lacks" if isinstance(fault, KeyError) else type(fault).__name__
+    what = str(fault) if type(fault) is ValueError else f"{kind} {fault}"
+    text = " ".join(f"{where}: {what[:400]}; {advice}".split())
+    return InputError(text.encode("utf-8", "backslashreplace").decode())
+
 
 @contextlib.contextmanager
-def _blame(where, left_out=None, mend="mend it, or pass --skip-bad to leave it out"):
-    """Whatever goes wrong inside becomes an InputError of one line that names where, or an entry of the list left_out."""
+def one_line_errors(where, advice):
+    """Whatever goes wrong inside becomes an InputError that names the place."""
     try:
         yield
-    except Exception as e:                               # numpy, Pillow, zipfile and base64 raise a dozen kinds
-        what = " ".join(f"{where}: {'' if type(e) in (ValueError, InputError) else type(e).__name__} {e}".split())
-        if left_out is None:
-            raise (e if type(e) is InputError else InputError(f"{what}; {mend}")) from None
-        left_out.append(what)
+    except Exception as fault:
+        raise one_line(where, fault, advice) from None
 
-def _read(path, parse=lambda text: text.rstrip("\n").split("\n"), mend="a whole UTF-8 text file is expected here"):
-    with _blame(path, mend=mend):
-        return parse(Path(path).read_text(encoding="utf-8"))
 
 def write_atomically(path, write):
-    """write(temporary path), then take the name: a killed run leaves the old file or the new one, never half of one."""
-    write(path.with_name(path.name + ".part"))
-    os.replace(path.with_name(path.name + ".part"), path)
+    """write(path of a part file), which then takes the name: a killed run leaves the old file or
+    the new one, never half of one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
-def _remember(path, key, make, again=False):
-    """The JSON value of make(), or what the file `path` holds of it since the last call, if that had the same key."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):       # no such file, or a harmed one
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == key and not again:
-            return kept["value"]
-    text = json.dumps({"key": key, "value": make()})
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
-    return json.loads(text)["value"]                     # of the same types as later
 
-# ---- words and word pieces -------------------------------------------------------------------------------------------
+def read_lines(path):
+    """The lines of a text file; empty ones at its end do not count."""
+    with one_line_errors(path, "a text file in UTF-8 is expected"):
+        return Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+
+
+def read_json(path, expected="a whole JSON file is expected"):
+    """The content of a JSON file, or InputError."""
+    with one_line_errors(path, expected):
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+
+
+# ---- words and word pieces ---------------------------------------------------------------------
+
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
+CJK = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
-@functools.lru_cache(1 << 18)
-def _cut(chunk):
-    """Text without spaces -> its words: punctuation and CJK characters stand alone, as BERT has it."""
-    marks = [not c.isalnum() if c.isascii() else unicodedata.category(c)[0] == "P" or CJK.match(c) for c in chunk]
-    return "".join(f" {c} " if mark else c for c, mark in zip(chunk, marks)).split()
+
+def is_mark(char):
+    """True for what stands as a word by itself: punctuation, symbols, CJK characters."""
+    if char.isascii():
+        return not char.isalnum()
+    return unicodedata.category(char).startswith("P") or bool(CJK.match(char))
+
+
+def clean(text):
+    """Every kind of space becomes a plain one; control characters go, as BERT has it."""
+    if text.isascii() and text.isprintable():  # nearly always, and much faster
+        return text
+    kept = []
+    for char in text:
+        kind = unicodedata.category(char)
+        if char in "\t\n\r" or kind == "Zs":
+            kept.append(" ")
+        elif not kind.startswith("C") and char != "\ufffd":
+            kept.append(char)
+    return "".join(kept)
+
+
+@functools.lru_cache(1 << 18)  # captions repeat their words
+def split_chunk(chunk):
+    """Text without spaces -> its words and punctuation marks."""
+    spaced = [f" {char} " if is_mark(char) else char for char in chunk]
+    return tuple("".join(spaced).split())
+
 
 def split_words(text):
-    """Caption -> words and punctuation marks, case kept. WordPiece.encode(text) is the words' pieces, concatenated."""
-    if not (text.isascii() and text.isprintable()):      # drop control characters, make every space a plain one
-        kinds = [(c, "Zs" if c in "\t\n\r" else unicodedata.category(c)) for c in text if c != "\ufffd"]
-        text = "".join(" " if kind == "Zs" else c for c, kind in kinds if kind[0] != "C")
-    return [word for chunk in text.split() for word in _cut(chunk)]
+    """Caption -> words and punctuation marks, case kept."""
+    return [word for chunk in clean(text).split() for word in split_chunk(chunk)]
 
-def _plain(word):
-    """Lower case without accents; letter by letter as BERT does, so no final sigma."""
-    letters = unicodedata.normalize("NFD", "".join(c.lower() for c in word))
-    return "".join(c for c in letters if c.isascii() or unicodedata.category(c) != "Mn")
+
+@functools.lru_cache(1 << 18)
+def uncased(word):
+    """A word in lower case without accents, letter by letter as BERT does. It may fall into
+    several words, or into none if nothing visible is left of it."""
+    letters = unicodedata.normalize("NFD", "".join(char.lower() for char in word))
+    return split_chunk("".join(char for char in letters if unicodedata.category(char) != "Mn"))
+
 
 class WordPiece:
-    """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a word start with ##.
-    vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens. Raises InputError.
-    word_range: first and behind-last id that may be masked and sampled; those below are special or [unused]."""
+    """BERT's tokenizer: words are cut greedily into the longest known pieces; later pieces of a
+    word start with ##.
+
+    vocab: path of a BERT vocab.txt (one token a line, id = line number) or a list of tokens.
+    word_range: (first, end) of the ordinary ids; those below are special or [unused].
+    """
+
     def __init__(self, vocab, lowercase):
-        self.tokens, self.lowercase = vocab if isinstance(vocab, list) else _read(vocab), lowercase
-        self.ids, self._cache = {token: i for i, token in enumerate(self.tokens)}, {}
-        if not self.ids.keys() >= set(SPECIALS):
-            raise InputError(f"{str(vocab)[:99]}: a vocabulary needs {' '.join(SPECIALS)}; give BERT's vocab.txt")
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIALS)
-        words = (i for i, token in enumerate(self.tokens) if token not in SPECIALS and token[:7] != "[unused")
-        self.word_range = next(words, len(self.tokens)), len(self.tokens)
+        self.tokens = vocab if isinstance(vocab, list) else read_lines(vocab)
+        self.lowercase = lowercase
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.known_words = {}  # word -> ids, filled as words are met
+        for token in SPECIALS:
+            if token not in self.ids:
+                raise InputError(f"{str(vocab)[:99]!r}: lacks {token}; give BERT's vocab.txt")
+        self.pad_id = self.ids["[PAD]"]
+        self.unk_id = self.ids["[UNK]"]
+        self.cls_id = self.ids["[CLS]"]
+        self.sep_id = self.ids["[SEP]"]
+        self.mask_id = self.ids["[MASK]"]
+        special = [token in SPECIALS or token.startswith("[unused") for token in self.tokens]
+        self.word_range = ([*special, False].index(False), len(self.tokens))
 
     def pieces(self, word):
-        """One word of split_words -> its ids (several where it is cut; none if nothing visible is left of it)."""
-        if word not in self._cache:
-            parts = _cut(_plain(word)) if self.lowercase else [word]
-            self._cache[word] = [i for part in parts for i in self._longest_match(part)]
-        return self._cache[word]
+        """One word of split_words -> the ids of its pieces."""
+        if word not in self.known_words:
+            parts = uncased(word) if self.lowercase else [word]
+            self.known_words[word] = [i for part in parts for i in self.longest_match(part)]
+        return self.known_words[word]
 
-    def _longest_match(self, word):
-        ids, rest = [], word
-        while rest and len(word) <= 100:
-            end = next((end for end in range(len(rest), 0, -1) if "##" * bool(ids) + rest[:end] in self.ids), len(rest))
-            ids.append(self.ids.get("##" * bool(ids) + rest[:end], self.unk_id))
-            rest = rest[end:]
-        return ids if ids and self.unk_id not in ids else [self.unk_id]
+    def longest_match(self, word):
+        """The longest known piece from the left, then the longest of the rest, and so on."""
+        ids = []
+        start = 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            end = len(word)
+            while end > start and prefix + word[start:end] not in self.ids:
+                end -= 1
+            if end == start or len(word) > 100:
+                return [self.unk_id]
+            ids.append(self.ids[prefix + word[start:end]])
+            start = end
+        return ids
 
     def encode(self, text):
         """Text -> list of ids, without [CLS] and [SEP]."""
@@ -112,724 +190,1440 @@ class WordPiece:
 
     def decode(self, ids):
         """Ids -> readable text: pieces joined, [PAD] [CLS] [SEP] dropped."""
-        return " ".join(self.tokens[i] for i in map(int, ids) if i not in (self.pad_id, self.cls_id, self.sep_id)).replace(" ##", "")
+        hidden = (self.pad_id, self.cls_id, self.sep_id)
+        return " ".join(self.tokens[int(i)] for i in ids if i not in hidden).replace(" ##", "")
+
+
+def count_words(captions):
+    """How often each word occurs, in lower case -> Counter."""
+    counts = Counter()
+    for chunk, times in Counter(chunk for text in captions for chunk in text.split()).items():
+        for word in split_words(chunk):
+            for part in uncased(word):
+                counts[part] += times
+    return counts
+
 
 def build_vocabulary(captions, min_count):
-    """The special tokens, then every word seen min_count times, frequent first, ties by alphabet (lower case)."""
-    counts = Counter(part for text in captions for word in split_words(text) for part in _cut(_plain(word)))
-    return SPECIALS + sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+    """The special tokens, then every word seen min_count times, the frequent first. captions may
+    also be what count_words made of them."""
+    counts = captions if isinstance(captions, Counter) else count_words(captions)
+    frequent = [word for word in counts if counts[word] >= min_count]
+    return SPECIALS + sorted(frequent, key=lambda word: (-counts[word], word))
 
-# ---- phrases of a caption --------------------------------------------------------------------------------------------
-# Tags: X in no phrase (articles, pronouns, conjunctions, auxiliaries, adverbs), P preposition, A frequent adjective or number, V frequent
-# verb form. Other words go by their ending, and what is left is a noun (N).
-TAGS = {word: tag for tag, text in {
-    "X": """a all an another both each either few half her his its many more most much no other others own same several some the their these
-    this those my our your and as but how if or so that though what when where while he here herself him himself i it itself me she someone
-    something them there they us we you which who ahead almost also apart away backwards forward just not outdoors indoors overhead sideways
-    still together too upside very well yet 're 's n't am are be been being can do does has have had is may was were will would could""",
-    "P": """about above across after against along alongside among around at atop before behind below beneath beside between by down during for
-    from in inside into like near of off on onto out outside over past through to toward towards under underneath up upon with within without""",
-    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright broken brown busy checkered clean clear
-    cloudy colored colorful concrete crowded cute dark different dirty double dry eight elderly empty fast female five flat four french
-    fresh front full furry giant gold grassy gray great green grey happy hard high hot huge large left light little lone long low lush male
-    middle military mini modern multi multiple narrow nearby new next nice old older one open orange outdoor pink plain polar pretty purple
-    ready red right ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan three tiny top two various
-    vintage wet white wide wild wooden yellow young""",
-    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature fill fly get go hang held hold hung include
-    jump laid lay lean lie lit look made make park pass play pull ride run say see seen set show shown sit ski stand surf swing take taken
-    talk throw thrown try use wait walk watch wear worn"""}.items() for word in text.split()}
-COMPLEX = re.compile(r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to|(out|off|ahead) of|(in|out)side of|"
-                     r"in between|(in|on) to|because of|away from)\b")
 
-def _tag(word):
-    """The tag of a word by itself; of words with hyphens the last part decides."""
-    word = word.rsplit("-", 1)[-1] or word
-    if word in TAGS or not any(map(str.isalpha, word)):
-        return TAGS.get(word, "A" if word.isdigit() else "X")
-    if len(word) > 4 and word.endswith(("ing", "ed")) or "V" in (TAGS.get(word.removesuffix("s")), TAGS.get(word.removesuffix("es"))):
-        return "V"
-    return "X" if word.endswith("ly") else "A" if re.search(r"..(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word) else "N"
+# ---- region features on disk -------------------------------------------------------------------
+# Images have different numbers of regions, so their regions lie end to end in two flat files that
+# are mapped into memory: COCO's 123,287 images of 36 regions take 18 GB of disk, and no more
+# memory than the batch in hand. regions.json, written last, tells which two files count: so a store
+# is whole or absent, whether a conversion is killed or two of them run at the same time.
 
-def parse_phrases(words):
-    """Words -> [(type, [word positions])], in order, disjoint: objects are nouns with the nouns before them; attributes adjectives, numbers
-    and participles, each alone; relations verbs with their prepositions, and prepositions between objects. Other words are never masked.
-    >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
-    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
-    low, spans, phrases, i = [], [], [], 0               # words joined by hyphens count as one
-    for n, word in enumerate(word.lower() for word in words):
-        if 0 < n < len(words) - 1 and word == "-" or n > 1 and words[n - 1] == "-":
-            low[-1], spans[-1] = low[-1] + word, [*spans[-1], n]
-        else:
-            low.append(word), spans.append([n])
-    tags = [*map(_tag, low), "X", "X", "X"]
-    for n, word in enumerate(low):                       # the same in context: a running dog, a painting; stop signs; the young
-        participle, last, after = word.endswith(("ing", "ed")), tags[n - 1] if n else "P", tags[n + 1]
-        article = n > 0 and low[n - 1] in ("a", "an", "the", "his", "her", "their", "its", "some")
-        if tags[n] == "V" and (last == "A" or article):
-            tags[n] = "A" if participle and after == "N" else "N"
-        elif tags[n] == "V" and last in "PX" and word.endswith("ed") and after == "N":
-            tags[n] = "A"
-        elif tags[n] == "A" and after in "PX" and (article or n and last == "P") or (
-                tags[n] == "V" and last == "N" and not participle and word[-1] not in "sn" and low[n - 1][-1] not in "sn"):
-            tags[n] = "N"
 
-    def preposition(j):                                  # how many words, 0 if none
-        several = COMPLEX.match(" ".join(low[j:j + 4]))
-        return len(several[0].split()) if several else tags[j] == "P"
-    while i < len(low):
-        j, kind = i + max(preposition(i), 1), {"N": "object", "A": "attribute", "V": "relation"}.get(tags[i])
-        if preposition(i):                               # between objects: a man in a hat, a tool for cutting
-            following = next((tag for tag, word in zip(tags[j:], low[j:]) if tag not in "XA" or word == "."), "X")
-            kind = "relation" if "N" in tags[:i] and following in "NV" else None
-        elif tags[i] == "N":
-            j = next(k for k in range(i, len(tags)) if tags[k] != "N")
-        while kind and tags[i] == "V" and preposition(j) and low[j:j + 1] + [tags[j + 1]] != ["to", "V"]:
-            j += preposition(j)
-        phrases += [(kind, [p for span in spans[i:j] for p in span])] if kind else []
-        i = j
-    return phrases
+def write_regions(folder, images, source, left_out=()):
+    """Streams region features into a folder that `Regions` opens.
 
-def read_phrases(path):
-    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption: (words, positions)}.
-    The file may cut words otherwise than we do (can't: ca n't, or can ' t), so tokens and words are matched by their letters."""
-    table, mend = {}, 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
-    for i, entry in enumerate(_read(path, lambda text: list(json.loads(text)), mend)):
-        with _blame(f"{path} entry {i}", mend=mend):
-            words, groups = split_words(entry["caption"]), [set(phrase["tokens"]) for phrase in entry["phrases"] if phrase["tokens"]]
-            letters = [t for t, token in enumerate(entry["tokens"]) for _ in "".join(split_words(token))]        # token of each letter
-            if len(letters) != sum(map(len, words)) or not set().union(*groups) <= set(range(len(entry["tokens"]))):
-                raise ValueError("tokens do not spell the caption, or phrases point beyond them")
-            owners = [{letters.pop(0) for _ in word} for word in words]
-            table[" ".join(entry["caption"].split())] = words, [[w for w, own in enumerate(owners) if own & group] for group in groups]
-    return table
+    images: iterator of (name, features (R, F), boxes (R, 4)). source: JSON-able, what they came
+    from. left_out: list of str, filled while `images` runs: what it left out, kept in the store.
+    """
+    folder = Path(folder)
+    files = f"regions-{os.getpid()}-{random.SystemRandom().getrandbits(32):08x}"
+    paths = [folder / f"{files}.f16", folder / f"{files}.f32"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with open(paths[0], "wb") as features_file, open(paths[1], "wb") as boxes_file:
+            header = stream_regions(images, features_file, boxes_file)
+        text = json.dumps(header | {"source": source, "files": files, "left_out": list(left_out)})
+        write_atomically(folder / "regions.json", lambda part: part.write_text(text))
+        remove_leftovers(folder)
+    except BaseException as fault:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if isinstance(fault, OSError):
+            raise one_line(folder, fault, "is the disk full or read-only?") from None
+        raise
 
-# ---- the region store ------------------------------------------------------------------------------------------------
-MAGIC = b"TAGSDC-REGIONS-1"
 
-def _record(feature_size):
-    return np.dtype([("features", np.float16, (feature_size,)), ("box", np.float32, (4,))])
+def stream_regions(images, features_file, boxes_file):
+    """Writes the two flat files -> the rest of regions.json. Tells how fast it goes."""
+    names = []
+    counts = []
+    start = shown = time.monotonic()
+    for name, features, boxes in images:
+        features_file.write(features.astype(np.float16).tobytes())
+        boxes_file.write(boxes.astype(np.float32).tobytes())
+        names.append(name)
+        counts.append(len(features))
+        now = time.monotonic()
+        if now - shown > 5:
+            shown = now
+            speed = len(names) / (now - start)
+            print(f"regions of {len(names):,} images, {speed:.0f} a second", file=sys.stderr)
+    if not names:
+        raise InputError("not one usable image; the README names the forms that can be read")
+    return {"names": names, "counts": counts, "feature_size": features.shape[1]}
 
-def write_regions(path, items, source):
-    """Streams region features into one file: a record a region (float16 features, float32 box), images end to end.
-    items: iterator of (name, features (R,F), boxes (R,4)), or a function that makes one, given what is stored already (a dict by name).
-    source: JSON-able, where they came from. The file takes its name only when complete; a killed conversion goes on behind the last image
-    of its log. After the records come a JSON header, its length and a magic word. Raises InputError if there are no images."""
-    part, log, rows = Path(f"{path}.part"), Path(f"{path}.log"), {}      # rows: name -> [count, CRC-32, size, end]
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError, ValueError):       # nothing to go on with, or a harmed log
-        first, *logged = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]        # whole lines
-        rows = {name: row for name, *row in logged if first == [source] and row[3] <= part.stat().st_size}
-    alive, old = sys.stderr.isatty(), len(rows)          # old: stored before this call
-    start = told = time.monotonic()
-    with open(part, "r+b" if rows else "wb") as data, open(log, "w", encoding="utf-8", buffering=1) as lines:
-        data.seek(data.truncate(max((row[3] for row in rows.values()), default=0)))
-        lines.writelines(json.dumps(line) + "\n" for line in [[source], *([name, *row] for name, row in rows.items())])
-        for name, features, boxes in filter(lambda item: item[0] not in rows, items(rows) if callable(items) else items):
-            records = np.empty(len(features), _record(features.shape[1]))
-            records["features"], records["box"] = features, boxes
-            data.write(records)
-            rows[name] = [len(records), binascii.crc32(records), features.shape[1], data.tell()]
-            lines.write(json.dumps([name, *rows[name]]) + "\n")
-            if (now := time.monotonic()) - told > (1 if alive else 10):  # a terminal's line is written over, a log gets few
-                told, line = now, f"regions: {len(rows):,} images, {data.tell() / 1e9:.2f} GB, {(len(rows) - old) / (now - start):.0f} images/s"
-                print(f"\r{line}" if alive else line, end=" " if alive else "\n", file=sys.stderr, flush=True)
-        if not rows:
-            raise InputError(f"{source}: not one usable image; the README names the forms that can be read")
-        header = json.dumps(dict(zip(("counts", "checks", "sizes", "ends"), zip(*rows.values())), source=source, names=list(rows))).encode()
-        data.write(header + len(header).to_bytes(8, "little") + MAGIC)
-        data.flush(), os.fsync(data.fileno())
-    os.replace(part, path)
-    log.unlink()
-    print(end="\n" * (alive and told > start), file=sys.stderr)
+
+def remove_leftovers(folder):
+    """Removes what killed or older conversions left: files that regions.json does not name and
+    that nobody has written to for ten minutes."""
+    named = ""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or harmed
+        named = json.loads((folder / "regions.json").read_text())["files"]
+    for path in [*folder.glob("regions-*-????????.f??"), *folder.glob("regions.json.*.part")]:
+        with contextlib.suppress(OSError):  # another run was faster
+            if path.stem != named and time.time() - path.stat().st_mtime > 600:
+                path.unlink()
+
 
 class Regions:
-    """The memory-mapped store that write_regions made. Opening reads the header and checks the CRC of 64 images.
-    names: list of str. counts: (I,) regions of each image. Raises InputError if the file is missing or harmed."""
-    def __init__(self, path):
-        with _blame(path, mend="delete it, and it is made again from its source"):
-            file = np.memmap(path, np.uint8, "r")
-            end = len(file) - 24 - int.from_bytes(file[-24:-16].tobytes(), "little")
-            header = json.loads(file[end:-24].tobytes() if file[-16:].tobytes() == MAGIC else "no store")
-            self.source, self.names, self.feature_size = header["source"], header["names"], header["sizes"][0]
-            self.counts, width = np.array(header["counts"], np.int64), _record(self.feature_size).itemsize
-            self._ends, self._bytes = self.counts.cumsum(), file[:end].reshape(-1, width)
-            for i in np.linspace(0, len(self.names) - 1, 64).astype(int):
-                if binascii.crc32(self._bytes[self._ends[i] - self.counts[i]:self._ends[i]]) != header["checks"][i]:
-                    raise ValueError(f"image {self.names[i]} fails its checksum")
+    """The memory-mapped features that write_regions made. Raises InputError if they are harmed.
+
+    names: of the images, in the order of the store.
+    counts, starts: (I,) how many regions an image has, and which is its first.
+    features: (all regions, F) float16. boxes: (all regions, 4) float32.
+    """
+
+    def __init__(self, folder):
+        with one_line_errors(folder, "delete it, and it is made again"):
+            header = json.loads((Path(folder) / "regions.json").read_text())
+            self.source = header["source"]
+            self.left_out = header["left_out"]
+            self.names = header["names"]
+            self.feature_size = header["feature_size"]
+            self.counts = np.array(header["counts"], np.int64)
+            self.starts = np.cumsum(self.counts) - self.counts
+            files = str(Path(folder) / header["files"])
+            features = np.memmap(f"{files}.f16", np.float16, "r")
+            self.features = np.asarray(features).reshape(self.counts.sum(), self.feature_size)
+            boxes = np.memmap(f"{files}.f32", np.float32, "r")
+            self.boxes = np.asarray(boxes).reshape(len(self.features), 4)
+            if len(self.names) != len(self.counts) or self.counts.min() < 1:
+                raise ValueError("names and counts do not go together")
 
     def gather(self, rows):
-        """rows (B,) -> features (B,R,F), boxes (B,R,7) x1 y1 x2 y2 w h area, mask (B,R); R = most in this batch."""
-        counts = self.counts[rows]
-        steps = np.arange(counts.max(initial=1))
-        mask = steps < counts[:, None]                                           # (B,R)
-        index = (self._ends[rows] - counts)[:, None] + steps * mask              # padding repeats the first region
-        records, split = np.take(self._bytes, index.ravel(), axis=0), 2 * self.feature_size                 # (B*R, bytes)
-        features = torch.from_numpy(records[:, :split].view(np.float16)).float().view(*index.shape, self.feature_size)
-        corner = torch.from_numpy(records[:, split:].copy().view(np.float32)).view(*index.shape, 4)
-        sides, mask = corner[..., 2:] - corner[..., :2], torch.from_numpy(mask)
-        boxes = torch.cat([corner, sides, sides.prod(-1, keepdim=True)], -1)
-        features[~mask], boxes[~mask] = 0, 0
+        """Images by number (B,) -> features (B, R, F), boxes (B, R, 7), mask (B, R).
+
+        R is the most regions of an image in this batch; what is beyond an image's own is 0.
+        The seven numbers of a box are x1 y1 x2 y2, width, height and area.
+        """
+        counts = self.counts[rows]  # (B,)
+        steps = np.arange(counts.max(initial=1))  # (R,)
+        mask = torch.from_numpy(steps < counts[:, None])  # (B, R)
+        # Only the pages of these regions are read. Padding repeats an image's last region.
+        index = self.starts[rows][:, None] + np.minimum(steps, counts[:, None] - 1)  # (B, R)
+        features = torch.from_numpy(self.features[index]).float()  # (B, R, F)
+        corners = torch.from_numpy(self.boxes[index])  # (B, R, 4)
+        sides = corners[..., 2:] - corners[..., :2]
+        boxes = torch.cat([corners, sides, sides.prod(-1, keepdim=True)], -1)
+        features[~mask] = 0
+        boxes[~mask] = 0
         return features, boxes, mask
 
-# ---- data sets and their batches -------------------------------------------------------------------------------------
-NAME = re.compile(r"(.*[/\\])?((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?(?P<stem>.*?)(\.(jpe?g|png|np[yz]))?", re.DOTALL)
 
-def image_key(name):
-    """What two names of one picture share: COCO_val2014_000000391895.jpg, coco_val2014_...npz and 391895 are 391895."""
-    stem = NAME.fullmatch(str(name).lower())["stem"]
-    return str(int(stem)) if stem.isdecimal() else stem
+def open_regions(folder, source, make_images, left_out=(), elsewhere=()):
+    """The region store in a folder, or elsewhere, in other folders that are only read. Unless one
+    has this source, it is made in `folder` of the iterator make_images(), see write_regions."""
+    source = json.loads(json.dumps(source))  # tuples become lists, as in the file
+    for place in (folder, *elsewhere):
+        with contextlib.suppress(InputError):  # none yet, or a harmed one
+            regions = Regions(place)
+            if regions.source == source:
+                return regions
+    write_regions(folder, make_images(), source, left_out)
+    return Regions(folder)
+
+
+# ---- data sets and batches ---------------------------------------------------------------------
+
 
 @dataclass
 class Split:
-    """Images and captions of train, val or test. Captions of one image stand together, images in order."""
-    images: list                                         # names
-    rows: np.ndarray                                     # (I,) row of each image in the region store
+    """Images and captions of train, val or test. Captions of one image stand together."""
+
+    images: list  # names
+    rows: np.ndarray  # (I,) number of each image in the region store
     captions: list
-    image_of_caption: torch.Tensor                       # (C,) long
-    phrases: list = None                                 # per caption (words, [[word positions] of a phrase]), or None: parse it
-    scenes: list = None                                  # only in the embedded world: the Scene of each image
+    image_of_caption: torch.Tensor  # (C,) long, ascending
+    phrases: list = None  # of each caption [[word positions]], or None: parse_phrases finds them
+    scenes: list = None  # only in the embedded world: of each image
+
+    def __post_init__(self):
+        self.rows = np.asarray(self.rows, np.int64)
+
 
 @dataclass
 class Data:
-    """A data set: captions in memory, regions in the mapped store. The methods make batches of CPU tensors."""
+    """A data set. The methods make batches of CPU tensors; what they find out about a caption is
+    kept, since training asks for it again and again."""
+
     name: str
     tokenizer: WordPiece
     regions: Regions
-    splits: dict                                         # "train", "val", "test"; a data set may lack some
-    max_text: int = 64                                   # longest text in tokens with [CLS] and [SEP]; the rest is cut off
-    notes: tuple = ()                                    # what was found, left out or guessed, a line each
+    splits: dict  # "train", "val", "test"; a data set may lack some
+    max_text: int = 64  # longest text in tokens with [CLS] and [SEP]; the rest is cut off
+    notes: list = field(default_factory=list)  # what was found, left out or guessed, a line each
 
     def __post_init__(self):
-        self.feature_size, self._cache = self.regions.feature_size, {}
+        self.feature_size = self.regions.feature_size
+        self.known_ids = {}  # (split, caption) -> (T,)
+        self.known_phrases = {}  # (split, caption) -> (P, T)
 
-    def _batch(self, split_name, captions, encode, padding):
-        """encode(split, c) is a number a token; of captions (B,) -> (B,T) int64 array, padded; kept for the next time."""
-        split, captions = self.splits[split_name], np.asarray(captions)
-        if (split_name, encode) not in self._cache:      # untouched pages take no memory; the last column is the length
-            self._cache[split_name, encode] = np.zeros((len(split.captions), self.max_text + 1), np.int64)
-        table = self._cache[split_name, encode]
-        for c in captions[table[captions, -1] == 0].tolist():
-            row = encode(split, c)
-            table[c, :len(row)], table[c, len(row):-1], table[c, -1] = row, padding, len(row)
-        return table[captions, :table[captions, -1].max(initial=2)]
+    def text(self, split, captions):
+        """Captions by number (B,) -> input_ids (B, T) long: [CLS] words [SEP], padded."""
+        rows = [self.caption_ids(split, c) for c in np.asarray(captions).tolist()]
+        lengths = np.array([len(row) for row in rows])[:, None]  # (B, 1)
+        real = np.arange(lengths.max()) < lengths  # (B, T)
+        batch = np.full(real.shape, self.tokenizer.pad_id)
+        batch[real] = np.concatenate(rows)
+        return torch.from_numpy(batch)
 
-    def _ids(self, split, c):
-        return [self.tokenizer.cls_id, *self.tokenizer.encode(split.captions[c])[:self.max_text - 2], self.tokenizer.sep_id]
+    def phrases(self, split, captions):
+        """Captions by number (B,) -> (B, P, T) bool: True = the token belongs to the phrase.
+        A caption without a single phrase has one of each word (section 3.3)."""
+        rows = [self.caption_phrases(split, c) for c in np.asarray(captions).tolist()]
+        most, longest = np.max([row.shape for row in rows], 0)
+        batch = np.zeros((len(rows), most, longest), bool)
+        for b, row in enumerate(rows):
+            batch[b, : row.shape[0], : row.shape[1]] = row
+        return torch.from_numpy(batch)
 
-    def _phrase_bits(self, split, c):
-        """Of each token the phrases that it belongs to, phrase p as bit p. Without a single phrase every word is one (METHOD 3.1)."""
-        words, phrases = split.phrases and split.phrases[c] or (split_words(split.captions[c]), None)
-        phrases = [at for _, at in parse_phrases(words)] if phrases is None else phrases
-        bits = np.zeros(len(words), np.int64)
-        for p, positions in enumerate((phrases or [[i] for i in range(len(words))])[:62]):       # as many as int64 has bits
-            bits[positions] |= 1 << p
-        return [0, *np.repeat(bits, [len(self.tokenizer.pieces(word)) for word in words])[:self.max_text - 2], 0]
+    def caption_ids(self, split, c):
+        """One caption -> (T,) ids."""
+        if (split, c) not in self.known_ids:
+            ids = self.tokenizer.encode(self.splits[split].captions[c])[: self.max_text - 2]
+            ids = [self.tokenizer.cls_id, *ids, self.tokenizer.sep_id]
+            self.known_ids[split, c] = np.array(ids)
+        return self.known_ids[split, c]
 
-    def text(self, split_name, captions):
-        """captions (B,) -> input_ids (B,T) long: [CLS] words [SEP], padded to the longest of the batch."""
-        return torch.from_numpy(self._batch(split_name, captions, self._ids, self.tokenizer.pad_id))
+    def caption_phrases(self, split, c):
+        """One caption -> (P, T) bool, which tokens belong to its phrases."""
+        if (split, c) not in self.known_phrases:
+            content = self.splits[split]
+            words = split_words(content.captions[c])
+            phrases = content.phrases[c] if content.phrases else None
+            if phrases is None:
+                phrases = [positions for _, positions in parse_phrases(words)]
+            tokens = self.words_to_tokens(words, phrases)
+            if not len(tokens):
+                tokens = self.words_to_tokens(words, [[n] for n in range(len(words))])
+            self.known_phrases[split, c] = tokens
+        return self.known_phrases[split, c]
 
-    def phrases(self, split_name, captions):
-        """captions (B,) -> (B,P,T) bool, aligned with text(): True = the token belongs to the phrase."""
-        bits = self._batch(split_name, captions, self._phrase_bits, 0)[:, None]                  # (B,1,T)
-        return torch.from_numpy(bits >> np.arange(int(bits.max(initial=1)).bit_length())[:, None] & 1 > 0)
+    def words_to_tokens(self, words, phrases):
+        """Phrases as word positions -> (P, T) bool; those that are cut off are left out."""
+        counts = [len(self.tokenizer.pieces(word)) for word in words]
+        word_of_token = np.repeat(np.arange(len(words)), counts)[: self.max_text - 2]
+        # [CLS] and [SEP] stand for one more word, which is in no phrase.
+        word_of_token = np.concatenate([[len(words)], word_of_token, [len(words)]]).astype(int)
+        member = np.zeros((len(phrases), len(words) + 1), bool)  # (P, words + 1)
+        for p, positions in enumerate(phrases):
+            member[p, positions] = True
+        tokens = member[:, word_of_token]  # (P, T)
+        return tokens[tokens.any(1)]
 
-    def image(self, split_name, images):
-        """images (B,) -> features (B,R,F), boxes (B,R,7), region_mask (B,R)."""
-        return self.regions.gather(self.splits[split_name].rows[np.asarray(images)])
+    def image(self, split, images):
+        """Images by number (B,) -> features (B, R, F), boxes (B, R, 7), region_mask (B, R)."""
+        return self.regions.gather(self.splits[split].rows[np.asarray(images)])
 
-    def own_captions(self, split_name, images):
-        """images (B,) -> (B,C,T) ids of all captions of each image; rows beyond an image's captions are all pad."""
-        owner, images = self.splits[split_name].image_of_caption.numpy(), np.asarray(images)
-        first, last = np.searchsorted(owner, images, "left"), np.searchsorted(owner, images, "right")
-        steps = np.arange((last - first).max(initial=1))
-        real = steps < (last - first)[:, None]                                   # (B,C)
-        texts = self.text(split_name, (first[:, None] + steps * real).ravel()).view(*real.shape, -1)
-        return texts.where(torch.from_numpy(real)[..., None], self.tokenizer.pad_id)
+    def own_captions(self, split, images):
+        """Images by number (B,) -> (B, C, T) ids of all captions of each; rows beyond those of an
+        image are padding alone."""
+        owner = self.splits[split].image_of_caption.numpy()
+        images = np.asarray(images)
+        first = np.searchsorted(owner, images, "left")  # (B,)
+        counts = np.searchsorted(owner, images, "right") - first  # (B,)
+        captions = np.concatenate([np.arange(f, f + n) for f, n in zip(first, counts)])
+        own = self.text(split, captions).split(counts.tolist())  # B times (C, T)
+        return pad_sequence(own, batch_first=True, padding_value=self.tokenizer.pad_id)
 
-# ---- published region features ---------------------------------------------------------------------------------------
-GRID = np.array([(0, 0, 4, 4), *((x, y, x + 1, y + 1) for y in range(4) for x in range(4))]) / 4       # the whole picture and 4 x 4 cells
-TSV_COLUMNS = {6: "id w h num_boxes boxes features".split(),                                             # bottom-up-attention
-               10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()}               # LXMERT
 
-def _tsv_row(columns):
-    if len(columns) not in TSV_COLUMNS:
-        raise ValueError(f"{len(columns)} columns; 6 (bottom-up-attention) or 10 (LXMERT) are expected")
-    row = dict(zip(TSV_COLUMNS[len(columns)], columns))
-    count, arrays = int(row["num_boxes"]), {"size": (int(row["w"]), int(row["h"]))}
-    for name, width in (("boxes", 4), ("features", 0), ("objects_conf", 1)):
-        if name in row:
-            data = binascii.a2b_base64(row[name] + b"==")                        # a field that is cut off is then too short
-            if count < 1 or not data or len(data) % (4 * count) or width and len(data) != 4 * count * width:
-                raise ValueError(f"{name} has {len(data):,} bytes, not as many as num_boxes {count} needs")
-            arrays[name.split("_")[-1]] = np.frombuffer(data, np.float32).reshape((count, -1) if width != 1 else -1)
-    return arrays
+# ---- published features ------------------------------------------------------------------------
+# One generator for each form. It takes files {name: path} (name: the path from the folder that was
+# searched) and sizes {image_key: (width, height)} from the captions' JSON, and yields for each
+# image (name, where, read): where is for error messages, read() gives the arguments of
+# check_regions, or raises. A new form needs such a generator and a line in FORMS.
 
-def _npz_image(path, sizes):
-    """sizes: image key -> (width, height) from the captions' JSON, in case that boxes are in pixels."""
-    with np.load(path, allow_pickle=False) as file:
-        row = {k: file[k] for k in file.files if k in "features norm_bb bbox conf num_bb image_w image_h".split()}
-    name, widths = ("norm_bb", (6, 7)) if "norm_bb" in row else ("bbox", (4,))
-    boxes, size = row[name], None
-    if boxes.ndim != 2 or boxes.shape[1] not in widths:
-        raise ValueError(f"{name} has shape {boxes.shape}; {' or '.join(map(str, widths))} columns are expected")
-    if name == "bbox" and boxes.max(initial=0) > 1.01:
-        size = (row["image_w"], row["image_h"]) if "image_w" in row else sizes.get(image_key(path))
-        if size is None:
-            raise ValueError("bbox is in pixels, but neither image_w, image_h here nor the captions' JSON has the size")
-    return dict(features=row["features"], boxes=boxes[:, :4], size=size, conf=row.get("conf"), count=row.get("num_bb"))
+WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the box of the whole picture
+CELLS = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+LARGEST = 1 << 26  # bytes that the arrays of one image, or a row of a TSV, may take
 
-def _precomp(path):
-    """One *_ims.npy of SCAN -> its array (mapped) and the images' names, from *_names.txt or made from the row."""
-    with _blame(path, mend="save it again as a plain float32 array (images, regions, features)"):
-        array, split = np.load(path, mmap_mode="r", allow_pickle=False), path.name.removesuffix("_ims.npy")
-        listed = path.with_name(f"{split}_names.txt")
-        names = _read(listed) if listed.exists() else [f"{split}_{i:06d}" for i in range(len(array))]
-        if array.ndim != 3 or len(array) != len(names):
-            raise ValueError(f"shape {array.shape} and {len(names)} names; 3 dimensions and as many names are expected")
-    return array, names
+TSV_COLUMNS = {  # of files without a header, by the number of columns
+    6: "id w h num_boxes boxes features".split(),  # bottom-up-attention
+    10: "id h w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split(),
+}  # 10: LXMERT
+NPZ_FEATURES = ("features", "x", "feat", "image_features")  # UNITER's name, then others'
+NPZ_BOXES = ("norm_bb", "bbox", "boxes")
+NPZ_COUNTS = ("num_bb", "num_bbox", "num_boxes")
 
-def describe_crops(picture, boxes):
-    """Appearance of boxes (R,4) of an RGB PIL picture, from its pixels alone: (R,256) floats in [-1, 1].
-    A thumbnail of 4 x 4 colours (48), a histogram of 64 colours (64) and the edges of 4 directions in 6 x 6 cells (144)."""
-    places = np.asarray(boxes, np.float64) * [*picture.size, *picture.size]
-    crops = np.stack([np.asarray(picture.resize((24, 24), Image.BOX, tuple(place))) for place in places]) / np.float32(256)
-    n = len(crops)                                                                                               # (R,24,24,3)
-    thumbnail = crops.reshape(n, 4, 6, 4, 6, 3).mean((2, 4)).reshape(n, 48)
-    histogram = np.sqrt((((crops * 4).astype(int) @ [16, 4, 1]).reshape(n, -1, 1) == np.arange(64)).mean(1))     # (R,64)
-    dy, dx = np.gradient(crops.mean(-1), axis=(1, 2))
-    direction = np.floor(np.arctan2(dy, dx) * 4 / np.pi + 0.5).astype(int) % 4                                   # (R,24,24)
-    edges = np.hypot(dx, dy)[..., None] * (direction[..., None] == np.arange(4))
-    edges = np.minimum(6 * edges.reshape(n, 6, 4, 6, 4, 4).mean((2, 4)), 1).reshape(n, 144)
-    return np.concatenate([2 * thumbnail - 1, histogram, edges], 1)
-
-def _entries(form, files, sizes):
-    """-> (name, where it is, function that reads it) of every image in these files."""
-    for path in files:
-        if form == "npz":
-            yield os.path.basename(path), path, lambda: _npz_image(path, sizes)
-        elif form == "images":                           # no detector
-            yield os.path.basename(path), path, lambda: dict(features=describe_crops(Image.open(path).convert("RGB"), GRID), boxes=GRID)
-        elif form == "precomp":                          # no boxes: every region gets the box of the whole image
-            array, names = _precomp(Path(path))
-            for i, name in enumerate(names):
-                yield name, f"{path} image {i}", lambda: dict(features=np.array(array[i]), boxes=GRID[:1].repeat(array.shape[1], 0))
-        else:
-            with open(path, "rb") as rows:
-                for number, line in enumerate(rows, 1):
-                    columns = line.rstrip(b"\r\n").split(b"\t")
-                    name = columns[0].decode(errors="replace")
-                    if name not in ("", "image_id", "img_id"):
-                        yield name, f"{path} row {number} (image {name[:60]})", lambda: _tsv_row(columns)
 
 def check_regions(features, boxes, size=None, conf=None, count=None):
-    """What every image must pass -> features (R,F), boxes (R,4) in 0..1; ValueError says what is wrong.
-    size: (width, height) where boxes are in pixels. conf: scores, by which 10 to 100 regions are kept (METHOD 1)."""
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features has shape {features.shape}; (regions, feature size) is expected")
-    for name, array in (("features", features), ("boxes", boxes), ("conf", conf)):
-        if array is not None and len(array) != (len(features) if count is None else count):
-            raise ValueError(f"{name} has {len(array)} regions, features {len(features)}, num_bb says {count}")
-        if array is not None and not np.isfinite(array).all() or np.abs(features).max() > 65504:
-            raise ValueError(f"{name} is not finite in float16")
-    boxes = np.asarray(boxes, np.float32) / (1 if size is None else np.array([*size, *size], np.float32))
-    wrong = (boxes < -0.01).any(1) | (boxes > 1.01).any(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if wrong[n := wrong.argmax()]:                       # up to 1% outside is rounding, and is clipped
-        raise ValueError(f"box {n} is outside its image or inside out: x1 y1 x2 y2 = {np.round(boxes[n], 3).tolist()} of width and height")
+    """What every image must pass -> features (R, F), boxes (R, 4) in 0..1, or ValueError.
+
+    size: (width, height) where boxes are in pixels. conf: (R,) scores, by which the 10 to 100 best
+    regions are kept (section 3.1, as UNITER). count: how many regions there should be.
+    """
+    regions = len(features) if features.ndim == 2 and features.size else 0
+    if not regions or (count is not None and count != regions):
+        raise ValueError(f"features has shape {features.shape}, num_bb says {count}")
+    check_array("features", features, features.shape)
+    check_array("boxes", boxes, (regions, 4))
+    boxes = boxes.astype(np.float32)
+    if size is not None:
+        width, height = (float(side) for side in size)
+        if not (0 < width < 1e6 and 0 < height < 1e6):
+            raise ValueError(f"width {width:g} and height {height:g} are no picture's")
+        boxes = boxes / np.float32([width, height, width, height])
+    # Up to a per cent outside is rounding, and is clipped.
+    wrong = (boxes < -0.01) | (boxes > 1.01) | (boxes < boxes[:, [0, 1, 0, 1]])
+    if wrong.any():
+        n = wrong.any(1).argmax()
+        text = f"x1 y1 x2 y2 = {np.round(boxes[n], 3).tolist()} of width and height"
+        raise ValueError(f"box {n} is outside its image or inside out: {text}")
     if conf is not None:
-        best = np.sort(np.argsort(-conf, kind="stable")[:min(max(int((conf > 0.2).sum()), 10), 100)])
+        # UNITER keeps what its detector is sure of: a score above 0.2, but 10 to 100 regions.
+        check_array("conf", conf, (regions,))
+        kept = min(max(int((conf > 0.2).sum()), 10), 100)
+        best = np.sort(np.argsort(-conf, kind="stable")[:kept])
         features, boxes = features[best], boxes[best]
     return features, boxes.clip(0, 1)
 
-def _checked(entries, done, left_out):
-    """_entries -> items for write_regions, each picture once; the bad ones go to left_out if that is a list."""
-    seen, widths = set(map(image_key, done)), {row[2] for row in done.values()}
-    for name, where, read in entries:
-        if (key := image_key(name)) not in seen:
-            with _blame(where, left_out):
-                features, boxes = check_regions(**read())
-                if not widths <= {features.shape[1]}:
-                    raise ValueError(f"features are {features.shape[1]} wide, unlike those before ({widths})")
-                seen.add(key), widths.add(features.shape[1])
-                yield name, features, boxes
 
-# ---- a data set on disk ----------------------------------------------------------------------------------------------
-NOTHING = """: no {} here. Expected: dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) and one of: *.tsv
-(bottom-up-attention's trainval_36.tsv; LXMERT's train2014_obj36.tsv, val2014_obj36.tsv), a folder of *.npz (UNITER's extractor:
-coco_val2014_000000391895.npz), *_precomp/ (SCAN's release: train_ims.npy, train_caps.txt, dev_..., test_...; needs no JSON), images/
-(COCO's train2014.zip, val2014.zip, flickr30k-images). The smallest that does: the JSON and images/ with its pictures""".replace("\n", " ")
-FORMS = {"tsv": ".tsv", "npz": ".npz", "precomp": "_ims.npy", "images": (".jpg", ".jpeg", ".png")}
+def check_array(name, array, shape):
+    """Raises ValueError unless it has numbers that float16 can hold, and that shape."""
+    if array.shape != shape or array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has shape {array.shape} of {array.dtype}; {shape} is expected")
+    if not np.isfinite(array).all() or abs(array).max() > 65504:
+        raise ValueError(f"{name} is not finite in float16")
+
+
+def read_tsv(files, sizes):
+    """Bottom-up-attention's files, original or LXMERT's: a row an image, boxes in pixels. A
+    header, where there is one, tells the order of the columns."""
+    for path in files.values():
+        header = None
+        with open(path, "rb") as file:
+            lines = iter(functools.partial(file.readline, LARGEST), b"")
+            for number, line in enumerate(lines, 1):
+                fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+                if "features" in fields:
+                    header = [re.sub("^(image|img)_", "", field.strip()) for field in fields]
+                elif fields != [""]:
+                    columns = header or TSV_COLUMNS.get(len(fields), ["id"])
+                    name = dict(zip(columns, fields)).get("id", "?")
+                    where = f"{path} row {number} (image {name[:60]})"
+                    yield image_key(name), where, functools.partial(read_tsv_row, columns, fields)
+
+
+def read_tsv_row(columns, fields):
+    """One image: fields of text, arrays in base64."""
+    if len(columns) != len(fields):
+        raise ValueError(f"{len(fields)} columns; as many as a header has, or 6 or 10 are expected")
+    row = dict(zip(columns, fields))
+    count = int(row["num_boxes"])
+    arrays = {"size": (row["w"], row["h"])}
+    for name, width in (("boxes", 4), ("features", None), ("objects_conf", 1)):
+        if name in row:
+            data = binascii.a2b_base64(row[name] + "==")  # a field that is cut off is too short
+            whole = count > 0 and len(data) > 0 and len(data) % (4 * count) == 0
+            if not whole or width not in (None, len(data) // (4 * count)):
+                text = f"{len(data):,} bytes, not as many as num_boxes {count} needs"
+                raise ValueError(f"{name} has {text}")
+            arrays[name.split("_")[-1]] = np.frombuffer(data, "<f4").reshape(count, -1)
+    if "conf" in arrays:
+        arrays["conf"] = arrays["conf"][:, 0]
+    return arrays
+
+
+def read_npz(files, sizes):
+    """A file an image, as UNITER's extractor and others write it."""
+    for name, path in files.items():
+        yield name, path, functools.partial(read_npz_image, path, sizes.get(image_key(name)))
+
+
+def read_npz_image(file, size):
+    """file: path or open file. size: (width, height) by the captions' JSON, or None."""
+    row = read_npz_arrays(file)
+    features = first_of(row, NPZ_FEATURES)
+    boxes = first_of(row, NPZ_BOXES)
+    if features is None or (boxes is None and "features" in row):
+        wanted = f"wanted is one of {', '.join(NPZ_FEATURES)} and one of {', '.join(NPZ_BOXES)}"
+        raise ValueError(f"has the arrays {', '.join(row)[:200]}; {wanted}")
+    if boxes is None:
+        boxes = WHOLE.repeat(len(features), 0)  # of other people's, as of SCAN's arrays
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 6, 7):
+        raise ValueError(f"norm_bb or bbox has shape {boxes.shape}; 4, 6 or 7 columns are expected")
+    if "x" in row and len(features) != len(boxes):
+        features = features.T  # OpenVQA's files have a column a region
+    count = first_of(row, NPZ_COUNTS)
+    return {
+        "features": features,
+        "boxes": boxes[:, :4],
+        "size": pixel_size(row, boxes, size),
+        "conf": row.get("conf"),
+        "count": len(features) if count is None else count.item(),
+    }
+
+
+def pixel_size(row, boxes, size):
+    """(width, height) of the picture if its boxes are in pixels, else None."""
+    if row.get("norm_bb") is not None or not boxes.max(initial=0) > 1.01:
+        return None
+    if row.get("image_w") is not None and row.get("image_h") is not None:
+        return row["image_w"].item(), row["image_h"].item()
+    if size is None:
+        raise ValueError("bbox is in pixels; image_w, image_h or the size in the JSON are missing")
+    return size
+
+
+def first_of(row, names):
+    """The array of the first of these names that there is, or None."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def read_npz_arrays(file):
+    """{name: array} of an npz; None for those that are of no use here. Headers are checked before
+    memory is taken, and nothing is unpickled."""
+    useful = (*NPZ_FEATURES, *NPZ_BOXES, *NPZ_COUNTS, "conf", "image_w", "image_h")
+    row = {}
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > LARGEST:
+            raise ValueError(f"unpacks to more than {LARGEST:,} bytes")
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            row[name] = None
+            if name in useful:
+                with archive.open(member) as array:
+                    row[name] = read_npy(array, name, member.file_size)
+    return row
+
+
+def read_npy(file, name, file_size):
+    """The array of an open npy of that size."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, by_column, dtype = np.lib.format.read_array_header_2_0(file)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError(f"{name} is pickled, which may run any program; save plain arrays")
+    if not 0 <= size <= file_size:
+        raise ValueError(f"{name} is cut off, or no array of shape {shape}")
+    return np.frombuffer(file.read(size), dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def read_arrays(files, sizes):
+    """SCAN's *_ims.npy (images, regions, features). They have no boxes: every region gets the
+    whole picture's."""
+    for path in files.values():
+        names, array = open_array(path)
+        boxes = WHOLE.repeat(array.shape[1], 0)
+        for i, name in enumerate(names):
+            yield name, f"{path} image {i}", functools.partial(dict, features=array[i], boxes=boxes)
+
+
+def open_array(path):
+    """A *_ims.npy -> the names of its images, by *_names.txt or by number, and the array."""
+    with one_line_errors(path, "save it again as a plain array (images, regions, features)"):
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.ndim != 3 or array.size == 0:
+            raise ValueError(f"shape {array.shape}; 3 dimensions, none of them 0, are expected")
+        listed = beside(path, "_names.txt")
+        split = listed.name.removesuffix("_names.txt")
+        names = [f"{split}_{i:06d}" for i in range(len(array))]
+        if listed.exists():
+            names = read_lines(listed)
+        if len(names) != len(array):
+            raise ValueError(f"{len(array)} images, but {len(names)} names in {listed.name}")
+    return names, array
+
+
+def beside(path, ending):
+    """train_ims.npy -> train_caps.txt, train_names.txt."""
+    return Path(str(path).removesuffix("_ims.npy") + ending)
+
+
+def read_pictures(files, sizes):
+    """Plain pictures: cells of a grid instead of a detector. Weak, but it runs from nothing but
+    the pictures."""
+    for name, path in files.items():
+        yield name, path, functools.partial(read_picture, path)
+
+
+def read_picture(path):
+    """A picture file of any kind -> features and boxes of the whole and of 4 x 4 cells."""
+    boxes = np.concatenate([WHOLE, CELLS])
+    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+        width, height = picture.size
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too many; make it smaller")
+        return {"features": describe_crops(upright_rgb(picture), boxes), "boxes": boxes}
+
+
+def upright_rgb(picture):
+    """Turned as its camera says, 16 bits of grey brought to 8, what is transparent white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.float32) / 257
+        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+# ---- UNITER's image databases ------------------------------------------------------------------
+# An LMDB file is a sorted tree of pages of one size; page n begins at byte n * size. Fields with
+# their bytes, little-endian, - for what no reader needs:
+#     each page     number 8, - 2, flags 2 (1 branch, 2 leaf), lower 2, - 2
+#     meta page     header 16, magic 4, version 4, - 16, page size 4, - 50, depth 2, - 24,
+#                   entries 8, root 8, - 8, transaction 8. Pages 0 and 1; the later one counts
+#     branch, leaf  header 16, place of each node in the page 2 ... up to lower, free bytes, nodes
+#     node          value's size 4, flags 2, key's size 2, key, value (if flags are 1 the number 8
+#                   of its overflow page). A branch has the child's number 6, key's size 2, key
+#     overflow      header 16, then the value, on through the next pages, which have no header
+# Only the main tree is read: no named sub-databases, no several values of one key.
+META_PAGE = struct.Struct("<16xII16xI50xH24xQQ8xQ")
+
+
+def read_lmdb(path):
+    """Yields (key bytes, value as a view of the file) in the order of the keys. A value that lies
+    outside of the file is short. Raises InputError if the tree is damaged; it never runs round."""
+    with one_line_errors(path, "unpack or copy it again"):
+        file = memoryview(np.memmap(path, np.uint8, "r"))
+        head = file[: 1 << 16].tobytes().ljust(1 << 16)
+        sizes = [1 << n for n in range(8, 16) if 2 << n <= len(file)]
+        metas = [META_PAGE.unpack_from(head, start) for start in (0, *sizes)]  # page 1 is a size on
+        metas = [meta for meta in metas if meta[:2] == (0xBEEFC0DE, 1) and meta[2] in sizes]
+        if not metas:
+            raise ValueError("no LMDB file of version 1, or cut off")
+        *_, size, depth, entries, root, _ = max(metas, key=lambda meta: meta[-1])
+        last = b""
+        tree = walk(file, size, root, min(depth, 32)) if depth else []
+        for key, value in tree:
+            if key <= last:
+                raise ValueError(f"key {key} after {last}: its page is damaged, or in a loop")
+            yield key, value
+            last = key
+            entries -= 1
+        if entries:
+            raise ValueError(f"its meta page tells of {entries} entries more than there are")
+
+
+def walk(file, size, number, depth):
+    """Yields (key, value) below a page. depth: levels of pages from here, 1 is a leaf."""
+    page = file[number * size : (number + 1) * size]
+    if len(page) < size:
+        raise ValueError(f"page {number} is outside the file's {len(file) // size}; is it cut off?")
+    own_number, kind, lower = struct.unpack_from("<Q2xHH", page)
+    if own_number != number or not kind & (2 if depth == 1 else 1) or lower < 18:
+        raise ValueError(f"page {number} is none of level {depth}: it is damaged, or in a loop")
+    for place in struct.unpack_from(f"<{lower // 2 - 8}H", page, 16):
+        length, flags, key_size = struct.unpack_from("<IHH", page, place)
+        start = place + 8 + key_size
+        if depth > 1:
+            yield from walk(file, size, length + (flags << 32), depth - 1)
+        elif flags > 1:
+            raise ValueError("named sub-databases and several values of one key are not read")
+        else:
+            value = page[start : start + length]
+            if flags == 1:
+                first = int.from_bytes(page[start : start + 8], "little") * size + 16
+                value = file[first : first + length]
+            yield bytes(page[place + 8 : start]), value
+
+
+# msgpack by its first byte: number, bytes or text, array, map or what is not read here; the number
+# or length that the byte holds itself; else how struct calls the number or length that follows.
+TYPES = "n" * 128 + "m" * 16 + "a" * 16 + "b" * 32 + "n?nnbbb???nnnnnnnnnn?????bbbaamm" + "n" * 32
+HELD = [*range(128), *range(16), *range(16), *range(32), None, None, False, True]
+HELD += [None] * 28 + [*range(-32, 0)]
+LETTERS = " " * 192 + "    BHI   fdBHIQbhiq     BHIHIHI" + " " * 32
+
+
+def unpack_msgpack(data, start=0, depth=0):
+    """The item at a byte of data, inside of `depth` others -> the item, the byte after it. Bytes
+    and text stay views of data, and so are the arrays, which msgpack-numpy writes as maps."""
+    if start == len(data) or depth > 8:
+        raise ValueError(f"ends at byte {start}, {depth} levels deep; is it cut off?")
+    kind, number, letter = (table[data[start]] for table in (TYPES, HELD, LETTERS))
+    start += 1
+    if letter != " ":
+        (number,) = struct.unpack_from(f">{letter}", data, start)
+        start += struct.calcsize(letter)
+    if kind == "n":
+        return number, start
+    if kind == "?" or number > len(data) - start:
+        raise ValueError(f"length {number} at byte {start} of {len(data)}; cut off, or no numbers?")
+    if kind == "b":
+        return data[start : start + number], start + number
+    items = []
+    for _ in range(2 * number if kind == "m" else number):
+        item, start = unpack_msgpack(data, start, depth + 1)
+        items.append(item)
+    return unpack_map(items) if kind == "m" else items, start
+
+
+def unpack_map(items):
+    """[key, value, key, value ...] -> the array for which msgpack-numpy wrote them, or a dict."""
+    fields = {key.tobytes(): value for key, value in zip(items[::2], items[1::2])}
+    if b"nd" not in fields:
+        return fields
+    dtype = fields[b"type"].tobytes().decode()
+    if not re.fullmatch("[<>|][fiub][1248]", dtype):
+        raise ValueError(f"an array of type {dtype}; numbers are expected, nothing is unpickled")
+    return np.frombuffer(fields[b"data"], dtype).reshape(fields.get(b"shape", []))
+
+
+def read_uniter(files, sizes):
+    """UNITER's image databases: folders feat_th0.2_max100_min10, all_compressed and the like."""
+    paths = [Path(path) for path in files.values()]
+    image_paths = [path for path in paths if not path.with_name("id2len.json").exists()]
+    if not image_paths:
+        raise InputError(f"{paths[0]} has texts: captions are read from Karpathy's JSON instead")
+    for path in image_paths:
+        folder = path.parent
+        listed = [*folder.glob("nbb_*.json"), *folder.parent.glob("nbb_*.json")]
+        listed.sort(key=lambda path: path.stem[4:] not in folder.name)
+        counts = read_json(listed[0]) if listed else {}
+        for key, value in read_lmdb(path):
+            name = key.decode(errors="replace")
+            if name != "__keys__":
+                read = functools.partial(read_uniter_image, value, counts.get(name))
+                yield name, f"{path} key {name[:60]}", read
+
+
+def read_uniter_image(value, count):
+    """The npz or msgpack of one image. count: of its regions; None: as check_regions finds it."""
+    if value[:2] == b"PK":
+        image = read_npz_image(io.BytesIO(value), None)
+    else:
+        arrays, end = unpack_msgpack(value)
+        if end < len(value) or not {b"features", b"norm_bb"} <= arrays.keys():
+            raise ValueError("no msgpack of features and norm_bb; texts come from Karpathy's JSON")
+        image = {"features": arrays[b"features"], "boxes": arrays[b"norm_bb"][:, :4]}
+        image["conf"] = arrays.get(b"conf")
+    if count is not None:
+        image = {name: image[name][:count] for name in ("features", "boxes")}
+        image["count"] = count
+    return image
+
+
+Form = namedtuple("Form", "name endings reader")
+FORMS = [  # of all that lies in a folder, the first form of this list is taken
+    Form("tsv", (".tsv",), read_tsv),
+    Form("npz", (".npz",), read_npz),
+    Form("uniter", ("data.mdb",), read_uniter),
+    Form("arrays", ("_ims.npy",), read_arrays),
+    Form("pictures", (".jpg", ".jpeg", ".png", ".webp"), read_pictures),
+]
+
+
+# ---- a published data set ----------------------------------------------------------------------
+# What lies under --root is recognised by its file names: first the region features, then the
+# captions that go with them. Whatever is wrong ends the run with one line that says where.
+
+NOTHING = (
+    "expected are dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip), "
+    "and one of: *.tsv (bottom-up-attention, LXMERT), a folder of *.npz (UNITER's extractor), "
+    "data.mdb (UNITER's image databases), "
+    "*_precomp/ (SCAN's *_ims.npy and *_caps.txt; needs no JSON), images/ (pictures). The smallest "
+    "that does: the JSON and images/. Hidden folders, tests and runs are not searched"
+)
+KARPATHY = (
+    'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
+)
+PHRASES = 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+SKIP = "mend it, or pass --skip-bad to leave it out"
+SPLITS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val", "testall": "test"}
+
+PREFIX = re.compile(r"((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?")
+ENDING = re.compile(r"(\.(jpe?g|png|webp|np[yz]))*$")
+# Files and folders that are no data of the user's: programs, tests, our own runs and pictures.
+ASIDE = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
+RUN_OR_PROGRAM = ("log.csv", "last.pt", "pyvenv.cfg")
+
+# An image with captions. path: with its folder. key: its image_key.
+Listed = namedtuple("Listed", "where split name path key cocoid size captions")
+
+
+class Faults:
+    """What is wrong with single images: the first fault ends the run, unless they are skipped."""
+
+    def __init__(self, skip_bad):
+        self.skip_bad = skip_bad
+        self.left_out = []  # a line each
+
+    @contextlib.contextmanager
+    def of(self, where):
+        """For what is done with one image."""
+        try:
+            yield
+        except Exception as fault:
+            error = one_line(where, fault, SKIP)
+            if not self.skip_bad:
+                raise error from None
+            self.left_out.append(str(error).removesuffix(f"; {SKIP}"))
+
+
+def image_key(name):
+    """What the names of one picture share: COCO_val2014_000000391895.jpg, 391895.npz -> 391895."""
+    stem = str(name)[-300:].lower().replace("\\", "/").rpartition("/")[2]
+    stem = stem[PREFIX.match(stem).end() : ENDING.search(stem).start()]
+    return (stem.lstrip("0") or "0") if stem.isdecimal() else stem
+
 
 def find_features(place, anywhere):
-    """-> (form, paths), form in tsv | npz | precomp | images, or (None, []). Pictures count in a folder *images or *train2014
-    and the like only, unless anywhere is set, since a run's own pictures may lie below the root, too."""
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names)
-    for form, endings in FORMS.items():
-        found = [f for f in files or [str(place)] if f.lower().endswith(endings) and os.path.isfile(f) and (
-            form != "images" or anywhere or re.search(r"(images|\w20\d\d)[/\\]", f[len(str(place)):]))]
-        found = [f for f in found if not f.endswith("test_ims.npy") or f.replace("test_ims.npy", "testall_ims.npy") not in found]
-        if form == "precomp" and len(set(map(os.path.dirname, found))) > 1:
-            raise InputError(f"{place}: several folders with *_ims.npy; name one with --features")
+    """The first of FORMS that lies in a folder (or is the file `place`) -> (form, {name: path}).
+    Pictures count in a folder *images or *train2014 and the like only, unless anywhere is set."""
+    files = list_files(place)
+    for form in FORMS:
+        found = {name: path for name, path in files.items() if name.lower().endswith(form.endings)}
+        for name in list(found):
+            stray = form.reader is read_pictures and not re.search(r"(images|\w20\d\d)/", name)
+            if stray and not anywhere:
+                del found[name]
+            if name.endswith("testall_ims.npy"):  # of which test is a part
+                found.pop(name.replace("testall", "test"), None)
         if found:
             return form, found
-    return None, []
+    return None, {}
 
-def _listed(path):
-    """Karpathy's JSON, or SCAN's *_caps.txt (five lines for each image of *_ims.npy) -> its images in Karpathy's form."""
-    if path.suffix == ".json":
-        mend = 'Karpathy\'s form {"images": [{"filename", "split", "sentences": [{"raw"}]}]} is expected'
-        return _read(path, lambda text: list(json.loads(text)["images"]), mend)
-    texts, split = _read(path), path.name.removesuffix("_caps.txt")
-    names = _precomp(path.with_name(f"{split}_ims.npy"))[1]
-    if len(texts) != 5 * len(names):
-        raise InputError(f"{path}: {len(texts)} lines, {texts.count('')} of them empty, for {len(names)} images; five each are expected")
-    return [{"filename": name, "split": split, "sentences": [{"raw": text} for text in texts[5 * i:5 * i + 5]]} for i, name in enumerate(names)]
 
-def read_captions(paths, left_out):
-    """-> [(split, name, COCO id or name, (width, height) or None, first five captions)] of the images in these files."""
-    images, seen = [], set()
-    for path, i, image in ((path, i, image) for path in paths for i, image in enumerate(_listed(path))):
-        with _blame(f"{path} image {i} ({str(image)[:60]})", left_out):
-            name = str(image["filename"] if "filename" in image else image["cocoid"])
-            for part in (name, str(image.get("filepath", ""))):
-                if re.match(r"[/\\]|\w:", part) or ".." in re.split(r"[/\\]", part):
-                    raise ValueError(f"filename or filepath {part!r} leaves the root; give a name below it")
-            texts = [" ".join((s.get("raw") or " ".join(s.get("tokens", ()))).split()) for s in image["sentences"][:5]]
-            split = {"restval": "train", "dev": "val", "testall": "test"}.get(image["split"], image["split"])
-            if not texts or not all(texts):
-                raise ValueError("sentences: no caption, or an empty one")
-            if split not in ("train", "val", "test") or image_key(name) in seen:
-                raise ValueError(f"filename {name} occurs twice" if image_key(name) in seen else f"split {split!r} is none")
-            seen.add(image_key(name))
-            size = (image["width"], image["height"]) if "width" in image and "height" in image else None
-            images.append((split, name, image.get("cocoid", name), size, texts))
+def list_files(place):
+    """The files below a folder that may be data -> {path from there: path}, sorted."""
+    if os.path.isfile(place):
+        return {os.path.basename(place): str(place)}
+    files = {}
+    visited = set()
+    for folder, inner, names in os.walk(place, followlinks=True):
+        again = os.path.realpath(folder) in visited  # by a link
+        visited.add(os.path.realpath(folder))
+        if again or (folder != str(place) and not set(names).isdisjoint(RUN_OR_PROGRAM)):
+            inner.clear()
+            continue
+        inner[:] = [name for name in inner if not ASIDE.fullmatch(name)]
+        start = os.path.relpath(os.path.join(folder, "_"), place)[:-1].replace(os.sep, "/")
+        for name in names:
+            path = os.path.join(folder, name)
+            if not ASIDE.fullmatch(name) and os.path.isfile(path):
+                files[start + name] = path
+    return dict(sorted(files.items()))
+
+
+def find_listings(name, root, form, files):
+    """The files with the captions of these features: Karpathy's JSON, which is `name` itself or
+    lies in root, or SCAN's *_caps.txt. Raises InputError if there are none."""
+    listing = Path(name)
+    if listing.suffix.lower() != ".json":
+        wanted = f"dataset_{name}"  # the name itself, else one that begins so, else any
+        found = sorted(root.glob("dataset_*.json"))
+        found.sort(key=lambda path: (path.stem != wanted, not path.stem.startswith(wanted)))
+        listing = found[0] if found else root / f"{wanted}.json"
+    if form.reader is read_arrays:
+        if len({os.path.dirname(path) for path in files.values()}) > 1:
+            raise InputError(f"{root}: several folders of *_ims.npy; name one with --features")
+        # SCAN's own captions go with its arrays, unless the images of these have names.
+        named = all(beside(path, "_names.txt").exists() for path in files.values())
+        if not (named and listing.is_file()):
+            return [beside(path, "_caps.txt") for path in files.values()]
+    if not listing.is_file():
+        raise InputError(f"{listing}: no such file; {NOTHING}")
+    return [listing]
+
+
+def read_captions(paths, faults):
+    """The images of Karpathy's JSON, or of several *_caps.txt -> [Listed]."""
+    listed = []
+    for path in paths:
+        images = read_karpathy(path) if path.suffix.lower() == ".json" else read_scan_captions(path)
+        for i, image in enumerate(images):
+            name = image.get("filename") if isinstance(image, dict) else image
+            where = f"{path} image {i} ({str(name)[:60]})"
+            with faults.of(where):
+                listed.append(parse_image(where, image))
+    return listed
+
+
+def read_karpathy(path):
+    """Karpathy's JSON -> its list of images, as they stand there."""
+    content = read_json(path, KARPATHY)
+    if isinstance(content, dict) and "annotations" in content:
+        own = "this is COCO's own annotation file, which has no splits"
+        raise InputError(f"{path}: {own}; give Karpathy's dataset_coco.json (caption_datasets.zip)")
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise InputError(f"{path}: {KARPATHY}")
+    return content["images"]
+
+
+def read_scan_captions(path):
+    """SCAN's *_caps.txt, five lines for each image of *_ims.npy -> images in Karpathy's form."""
+    lines = read_lines(path)
+    split = path.name.removesuffix("_caps.txt")
+    names, _ = open_array(path.with_name(f"{split}_ims.npy"))
+    if len(lines) != 5 * len(names):
+        found = f"{len(lines)} lines, {lines.count('')} of them empty, for {len(names)} images"
+        raise InputError(f"{path}: {found}; five each are expected")
+    images = []
+    for i, name in enumerate(names):
+        sentences = [{"raw": line} for line in lines[5 * i : 5 * i + 5]]
+        images.append({"filename": name, "split": split, "sentences": sentences})
     return images
 
-def _stamp(files):
-    """Changes when the name, size or time of one of these files does."""
-    stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-    return f"{binascii.crc32(json.dumps(stats).encode()):08x}"
 
-def load_data(name, root=None, features=None, phrases=None, skip_bad=False, tokens=None, feature_size=None, store="data",
-              min_count=3, max_text=64):
-    """Whatever form of a data set lies under root -> Data. Raises InputError.
-    name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root is then its folder unless given). features: file or folder of
-    the region features, if not below root. phrases: JSON file instead of parse_phrases. skip_bad: leave out what cannot be used, counted in
-    Data.notes. tokens, feature_size: of a checkpoint; without tokens vocab.txt below root, else words seen min_count times in training
-    captions. store: folder for what is made from the sources, used again while their names, sizes and times are the same."""
-    captions, store, left_out = Path(name), Path(store), [] if skip_bad else None
-    root = Path(root or (captions.parent if captions.suffix == ".json" else "."))
-    if captions.suffix != ".json":
-        patterns = (f"dataset_{name}.json", f"dataset_{name}*.json", "dataset_*.json")
-        captions = next((path for pattern in patterns for path in sorted(root.glob(pattern))), root / patterns[0])
-    form, files = find_features(features or root, bool(features))
-    named = [f for f in (f.replace("_ims.npy", "_names.txt") for f in files if form == "precomp") if os.path.exists(f)]
-    scan = form == "precomp" and not (captions.is_file() and len(named) == len(files))       # SCAN's own captions go with its arrays
-    if not files or not (scan or captions.is_file()):
-        lacking = ["region features"] * (not files) + [captions.name] * (not captions.is_file())
-        raise InputError(f"{features if features and not files else root}{NOTHING.format(' and no '.join(lacking))}")
-    place = Path(files[0]).parent
-    captions, listings = (place, [Path(f.replace("_ims.npy", "_caps.txt")) for f in files]) if scan else (captions, [captions])
-    listed = functools.cache(lambda: read_captions(listings, left_out))                      # only if something is to be made anew
-    source, target = {"form": form, "files": len(files), "first": files[0], "digest": _stamp(files + named)}, store / "regions.bin"
-    regions = Regions(target) if target.exists() else None
-    if not regions or regions.source != source:
-        sizes = {image_key(image): size for _, image, _, size, _ in listed() if size}
-        write_regions(target, lambda done: _checked(_entries(form, files, sizes), done, left_out), source)
-        regions = Regions(target)
+def parse_image(where, image):
+    """One image of Karpathy's form -> Listed with its first five captions, or some error."""
+    name = str(image["filename"] if "filename" in image else image["cocoid"])
+    path = "/".join([str(image["filepath"]), name] if image.get("filepath") else [name])
+    path = path.replace("\\", "/")
+    if re.match(r"/|\w:", path) or ".." in path.split("/"):
+        raise ValueError(f"filename {path!r} leaves the root; give a name below it")
+    split = image["split"].lower()
+    split = SPLITS.get(split, split)
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r}; known are train, val, test, {', '.join(SPLITS)}")
+    captions = [caption_text(sentence) for sentence in image["sentences"][:5]]
+    if "" in captions or not captions:
+        raise ValueError("sentences: no caption, or an empty one")
+    size = (image.get("width"), image.get("height"))
+    cocoid = image.get("cocoid", name)
+    return Listed(where, split, name, path, image_key(name), cocoid, size, captions)
+
+
+def caption_text(sentence):
+    """A sentence of Karpathy's form -> its text with plain spaces; "" if nothing is visible."""
+    text = " ".join((sentence.get("raw") or " ".join(sentence.get("tokens", ()))).split())
+    return text if text.isprintable() or split_words(text) else ""
+
+
+def picture_sizes(listed):
+    """{image_key: (width, height)} where the JSON has them, and no two pictures share a key."""
+    sizes = {}
+    for image in listed:
+        same = sizes.get(image.key, image.size) == image.size
+        sizes[image.key] = image.size if same else (None, None)
+    return {key: size for key, size in sizes.items() if None not in size}
+
+
+def load_regions(form, files, sizes, place, skip_bad, store, elsewhere):
+    """The region store of these files, made first unless one of the same files is there."""
+    faults = Faults(skip_bad)
+    paths = list(files.items())
+    if form.reader is read_arrays:
+        listed = [(name, beside(path, "_names.txt")) for name, path in paths]
+        paths += [(name, path) for name, path in listed if path.exists()]
+    with one_line_errors(place, "files that can be read are expected"):
+        stats = [(name, os.stat(path)) for name, path in paths]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    digest = hashlib.sha256(json.dumps([stats, sizes]).encode()).hexdigest()
+    source = {"form": form.name, "place": os.path.abspath(place), "digest": digest}
+
+    def make_images():
+        return checked_images(form.reader(files, sizes), place, faults)
+
+    regions = open_regions(store, source, make_images, faults.left_out, elsewhere)
+    if regions.left_out and not skip_bad:
+        raise InputError(f"{regions.left_out[0]}; {SKIP}")
+    return regions
+
+
+def checked_images(entries, place, faults):
+    """What a reader yields -> (name, features, boxes) for write_regions; of one name the first."""
+    names = set()
+    width = None
+    with one_line_errors(place, "files that can be read are expected"):
+        for name, where, read in entries:
+            with faults.of(where):
+                if name not in names:
+                    features, boxes = check_regions(**read())
+                    width = width or features.shape[1]
+                    if features.shape[1] != width:
+                        raise ValueError(f"features are {features.shape[1]} wide, not {width}")
+                    yield name, features, boxes
+                    names.add(name)
+    if not names:
+        first = "".join(faults.left_out[:1])
+        raise InputError(
+            f"{place}: not one usable image; left out {len(faults.left_out):,}: {first}"
+        )
+
+
+def match_images(listed, names, place, faults):
+    """Finds for each image with captions its regions -> [(Listed, row in the store)].
+
+    names: of the images in the store. Base names will do (image_key) where they are unique, among
+    the captions and in the store; otherwise the folders must agree, too.
+    """
+    rows_of = {}  # image_key -> rows in the store
+    for row, name in enumerate(names):
+        rows_of.setdefault(image_key(name), []).append(row)
+    folders_of = {}  # image_key -> folders in the captions' JSON
+    for image in listed:
+        folders_of.setdefault(image.key, set()).add(image.path.rpartition("/")[0])
+    matched = []
+    taken = {}  # row -> name
+    for image in listed:
+        with faults.of(image.where):
+            rows = rows_of.get(image.key) or rows_of.get(image_key(image.cocoid), [])
+            if len(rows) > 1 or len(folders_of[image.key]) > 1:
+                rows = same_path(image.path, rows, names)
+            if not rows:
+                raise ValueError(f"captions without features: no {image.path} in {place}")
+            if len(rows) > 1:
+                both = f"{names[rows[0]]} and {names[rows[1]]}"
+                raise ValueError(f"{both} both fit; tell which by the folder in filename")
+            if rows[0] in taken:
+                raise ValueError(f"{image.path} occurs twice, before as {taken[rows[0]]}")
+            taken[rows[0]] = image.path
+            matched.append((image, rows[0]))
+    return matched
+
+
+def same_path(path, rows, names):
+    """The rows whose name ends in that path; if there are none, in its folder and image_key."""
+
+    def by_key(name):
+        return f"{os.path.dirname(name)}/{image_key(name)}"
+
+    exact = [row for row in rows if f"/{names[row].removesuffix('.npz')}".endswith(f"/{path}")]
+    return exact or [row for row in rows if f"/{by_key(names[row])}".endswith(by_key(f"/{path}"))]
+
+
+def make_splits(matched, phrases):
+    """[(Listed, row in the store)] -> {split: Split}. phrases: {caption: [[word positions]]}."""
+    splits = {}
+    for name in ("train", "val", "test"):
+        own = [(image, row) for image, row in matched if image.split == name]
+        if own:
+            captions = [caption for image, _ in own for caption in image.captions]
+            counts = torch.tensor([len(image.captions) for image, _ in own])
+            splits[name] = Split(
+                images=[image.name for image, _ in own],
+                rows=[row for _, row in own],
+                captions=captions,
+                image_of_caption=torch.arange(len(own)).repeat_interleave(counts),
+                phrases=[phrases.get(caption) for caption in captions],
+            )
+    return splits
+
+
+def read_phrases(path):
+    """--phrases FILE: [{"caption", "tokens", "phrases": [{"tokens": [indices]}]}] -> {caption:
+    [[positions in split_words(caption)]]}."""
+    table = {}
+    entries = read_json(path, PHRASES)
+    with one_line_errors(path, PHRASES):
+        for i, entry in enumerate(list(entries)):
+            with one_line_errors(f"{path} entry {i}", PHRASES):
+                caption = " ".join(entry["caption"].split())
+                groups = [set(phrase["tokens"]) for phrase in entry["phrases"]]
+                table[caption] = match_tokens(split_words(caption), entry["tokens"], groups)
+    return table
+
+
+def match_tokens(words, tokens, groups):
+    """Groups of tokens -> of words. The file may cut words otherwise than split_words (can't: ca
+    n't, or can ' t), so tokens and words are matched by their letters."""
+    token_of_letter = [t for t, token in enumerate(tokens) for _ in "".join(split_words(token))]
+    word_of_letter = [w for w, word in enumerate(words) for _ in word]
+    if len(token_of_letter) != len(word_of_letter):
+        raise ValueError("tokens do not spell the caption")
+    if not set().union(*groups) <= set(range(len(tokens))):
+        raise ValueError("phrases point beyond the tokens")
+    phrases = []
+    for group in groups:
+        found = {w for w, t in zip(word_of_letter, token_of_letter) if t in group}
+        phrases.append(sorted(found))
+    return [positions for positions in phrases if positions]
+
+
+def find_tokens(root, splits, min_count, notes):
+    """The vocabulary: vocab.txt in root, else words of the training captions seen min_count times,
+    or less where that leaves fewer than half of what is written. Notes what it took."""
+    if (root / "vocab.txt").exists():
+        return read_lines(root / "vocab.txt")
+    if "train" not in splits:
+        found = f"{root}: no training captions to find words in"
+        raise InputError(f"{found}; put BERT's vocab.txt there, or give a checkpoint")
+    counts = count_words(splits["train"].captions)
+    count = min_count
+    while count > 1 and 2 * sum(n for n in counts.values() if n >= count) < counts.total():
+        count -= 1
+    if count < min_count:
+        notes.append(f"few captions: words seen {count} times or more are known, not {min_count}")
+    return build_vocabulary(counts, count)
+
+
+@contextlib.contextmanager
+def quiet_reading():
+    """No warnings: numpy and Pillow warn of what check_regions refuses. And no garbage collector,
+    whose walks over millions of captions took three quarters of the time."""
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gc.enable()
+
+
+def load_data(
+    name,
+    root=None,
+    features=None,
+    phrases=None,
+    skip_bad=False,
+    tokens=None,
+    feature_size=None,
+    store="data",
+    elsewhere=(),
+    min_count=3,
+    max_text=64,
+):
+    """A published data set in whatever form lies under root -> Data. Raises InputError.
+
+    name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root: its folder).
+    features: file or folder of the region features, if not below root.
+    phrases: JSON file instead of parse_phrases.
+    skip_bad: leave out what cannot be used, counted in Data.notes.
+    tokens, feature_size: of a checkpoint; without tokens see find_tokens.
+    store: folder for the converted features, used again while their source is the same.
+    elsewhere: other folders where they may lie, which are only read.
+    """
+    root = Path(root or (Path(name).parent if str(name).lower().endswith(".json") else "."))
+    place = Path(features or root)
+    faults = Faults(skip_bad)
+    with quiet_reading():
+        form, files = find_features(place, anywhere=bool(features))
+        if not files:
+            raise InputError(f"{place}: no region features for {name} here; {NOTHING}")
+        listings = find_listings(str(name), root, form, files)
+        listed = read_captions(listings, faults)
+        regions = load_regions(
+            form, files, picture_sizes(listed), place, skip_bad, store, elsewhere
+        )
     if feature_size not in (None, regions.feature_size):
-        raise InputError(f"{files[0]}: features are {regions.feature_size} wide, the checkpoint's are {feature_size}; give its --features")
+        found = f"{place}: features are {regions.feature_size} wide"
+        raise InputError(f"{found}, the checkpoint's are {feature_size}; give its --features")
 
-    def match():                                         # {split: (names, rows in the store, captions of each)}, what is left out
-        found, known = {"train": [], "val": [], "test": []}, {image_key(name): row for row, name in enumerate(regions.names)}
-        for split, image, cocoid, _, five in listed():
-            with _blame(f"{captions} image {image} ({split})", left_out):
-                if (row := known.get(image_key(image), known.get(image_key(cocoid)))) is None:
-                    raise ValueError(f"captions without features: no such image in {place}")
-                found[split].append((image, row, five))
-        return [{split: list(zip(*images)) for split, images in found.items() if images}, left_out]
-    key = [source, _stamp(filter(os.path.exists, listings)), skip_bad]
-    matched, left_out = _remember(store / "captions.json", key, match)
-    table, splits = read_phrases(phrases) if phrases else {}, {}
-    for split, (names, rows, texts) in matched.items():
-        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([len(own) for own in texts]))
-        texts = [text for own in texts for text in own]
-        splits[split] = Split(names, np.array(rows), texts, owner, [table.get(text) for text in texts] if phrases else None)
-    if not splits:
-        raise InputError(f"{captions}: no image has both captions and features in {place}; compare the names")
-    tokens = tokens or (root / "vocab.txt").exists() and _read(root / "vocab.txt")
-    if not tokens and "train" not in splits:
-        raise InputError(f"{captions}: no training captions to find words in; put BERT's vocab.txt under {root}, or give a checkpoint")
-    tokens = tokens or _remember(store / "vocabulary.json", [key, min_count], lambda: build_vocabulary(splits["train"].captions, min_count))
-    notes = [f"captions from {captions}, regions from {files[0]} ({form}, {len(files)} files)"]
-    known = [own is not None for split in splits.values() for own in split.phrases or ()]
-    notes += [f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}; the others are parsed"] if phrases else []
-    notes += [f"left out {len(left_out):,}, the first: {left_out[0]}"] if left_out else []
-    capitals = any(re.match("[A-Z]|##[A-Z]", token) for token in tokens)
-    return Data(str(name), WordPiece(tokens, not capitals), regions, splits, max_text, notes)
+    matched = match_images(listed, regions.names, place, faults)
+    if not matched:
+        raise InputError(f"{listings[0]}: no image has both captions and features in {place}")
+    splits = make_splits(matched, read_phrases(phrases) if phrases else {})
+    notes = [f"captions from {listings[0]}, regions from {place} ({form.name})"]
+    notes += notes_of(splits, regions, phrases, faults.left_out)
+    tokens = tokens or find_tokens(root, splits, min_count, notes)
+    cased = any(re.match("(##)?[A-Z]", token) for token in tokens)
+    return Data(str(name), WordPiece(tokens, not cased), regions, splits, max_text, notes)
 
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "moon", "ring", "frame")
-HOLLOW = ("ring", "frame")                               # the shapes that can hold another object
-COLOURS = {"red": (225, 35, 40), "yellow": (250, 215, 30), "green": (30, 155, 60), "blue": (35, 75, 220), "purple": (135, 40, 185),
-           "pink": (255, 135, 195), "cyan": (40, 205, 225), "brown": (130, 75, 30)}
-SIZES = {"small": (0.065, 0.08), "large": (0.125, 0.15)}         # half the width, as a share of the picture
-BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 152, 158), "black": (25, 25, 30), "beige": (228, 206, 168)}
-ATTRIBUTES = dict(size=[*SIZES], pattern=["plain", "striped", "dotted", "checked"], colour=[*COLOURS], shape=SHAPES)
-PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in ("shape", *SHAPES)}
-COUNTS = {"a": 1, "the": 1, "two": 2, "three": 3, "four": 4}
-# One bit a value: an object fits a noun phrase if it has all its bits, so contradictory adjectives fit nothing.
-BITS = {value: 1 << i for i, value in enumerate(itertools.chain(*ATTRIBUTES.values()))}
-BITS |= {plural: BITS.get(shape, 0) for shape, plural in PLURALS.items()}
-Thing = namedtuple("Thing", "shape colour size pattern x y radius")      # centre and radius (half a box) are shares of the picture
 
-@dataclass(eq=False)
+def notes_of(splits, regions, phrases, left_out):
+    """What the user should know of the data, a line each."""
+    notes = []
+    if phrases:
+        found = [own is not None for split in splits.values() for own in split.phrases]
+        notes.append(f"phrases of {sum(found):,} of {len(found):,} captions from {phrases}")
+    if (regions.boxes[:1000] == WHOLE).all():
+        notes.append("the regions have no boxes: each gets that of the whole picture")
+    for what, lines in (("regions", regions.left_out), ("captions", left_out)):
+        if lines:
+            notes.append(f"{what}: left out {len(lines):,} images, the first: {lines[0]}")
+    return notes
+
+
+# ---- the embedded world ------------------------------------------------------------------------
+# Pictures of two to four drawn things, captions by a grammar of one sentence, and an exact oracle,
+# which training never sees:
+#     describes("a small red star above a blue ring", scene) -> True, False or None
+# In val and test pictures come in families of near-twins, so that ranking turns on single words.
+
+COLOURS = {
+    "red": (222, 45, 45),
+    "yellow": (248, 208, 40),
+    "green": (45, 160, 75),
+    "blue": (45, 85, 215),
+    "purple": (140, 60, 190),
+    "pink": (250, 140, 195),
+    "cyan": (60, 200, 225),
+    "brown": (150, 90, 45),
+}
+SIZES = {"small": 0.08, "large": 0.155}  # half the width, as a share of the picture
+PATTERNS = ("plain", "striped", "dotted", "checked")
+BACKGROUNDS = {
+    "white": (247, 247, 244),
+    "grey": (168, 171, 178),
+    "black": (26, 27, 32),
+    "beige": (228, 208, 172),
+}
+RELATIONS = ("left of", "right of", "above", "below", "and")
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above", "and": "and"}
+
+
+def circle(radius, x=5, y=5):
+    """48 corners of a circle."""
+    angles = np.arange(48) * np.pi / 24
+    return np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1)
+
+
+def heart():
+    """48 corners of the well-known curve."""
+    angles = np.arange(48) * np.pi / 24
+    waves = [height * np.cos(n * angles) for n, height in enumerate((0, 13, -5, -2, -1))]
+    return np.stack([5 + 5 * np.sin(angles) ** 3, 4.3 - 0.325 * sum(waves)], 1)
+
+
+def polygon(corners):
+    """x and y of each corner, written one after the other."""
+    return np.array(corners.split(), float).reshape(-1, 2)
+
+
+OUTLINES = {  # corners in 0..10, x to the right and y down
+    "circle": circle(5),
+    "ring": circle(5),
+    "moon": circle(5),
+    "heart": heart(),
+    "square": polygon(".5 .5  9.5 .5  9.5 9.5  .5 9.5"),
+    "diamond": polygon("5 0  10 5  5 10  0 5"),
+    "triangle": polygon("5 0  10 10  0 10"),
+    "house": polygon("5 0  10 5  8.5 5  8.5 10  1.5 10  1.5 5  0 5"),
+    "tree": polygon("5 0  8 4  6.5 4  10 8  6 8  6 10  4 10  4 8  0 8  3.5 4  2 4"),
+    "fish": polygon("0 5  2 2.6  4.4 2  7.2 4  10 1.5  10 8.5  7.2 6  4.4 8  2 7.4"),
+    "cross": polygon("3 0  7 0  7 3  10 3  10 7  7 7  7 10  3 10  3 7  0 7  0 3  3 3"),
+    "star": polygon("5 0  6.2 3.6  10 3.8  7 6.2  8 10  5 7.8  2 10  3 6.2  0 3.8  3.8 3.6"),
+}
+HOLES = {"ring": circle(2.6), "moon": circle(4.4, x=8, y=3.8)}
+SHAPES = (*OUTLINES,)
+
+# Words of one kind may stand for each other; a relation counts by its telling word.
+KINDS = {
+    "size": (*SIZES,),
+    "pattern": PATTERNS,
+    "colour": (*COLOURS,),
+    "shape": SHAPES,
+    "background": (*BACKGROUNDS,),
+    "relation": (*INVERSE,),
+}
+
+# The grammar. What a picture shows is told by two nouns and a relation, or in one word more.
+ADJECTIVES = "".join(f"(?: (?:{'|'.join(KINDS[kind])}))?" for kind in ("size", "pattern", "colour"))
+NOUN = f"a{ADJECTIVES} (?:{'|'.join(SHAPES)})"
+SENTENCE = re.compile(
+    rf"(?P<start>there is )?(?P<first>{NOUN}) (?P<relation>{'|'.join(RELATIONS)}) "
+    rf"(?P<second>{NOUN})(?P<end> on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?"
+)
+
+WORLD = 2  # a store of another world is made anew
+Thing = namedtuple("Thing", "size pattern colour shape x y")
+
+
+@dataclass
 class Scene:
-    """What a picture shows. `light`: how much brighter its background is at the bottom, in -1..1."""
+    """What a picture shows: a list of Things on a background."""
+
     objects: list
     background: str
-    light: float
 
-    def __post_init__(self):
-        self.bits = [sum(BITS[getattr(thing, attribute)] for attribute in ATTRIBUTES) for thing in self.objects]
-        self.facts = dict.fromkeys(relations(self.objects))      # all that holds: (relation, two or three objects)
 
-def relations(objects):
-    """Every relation that holds. This is their one definition, for the writer of captions and for the oracle."""
-    for (i, a), (j, b) in itertools.permutations(enumerate(objects), 2):
-        dx, dy = b.x - a.x, b.y - a.y
-        if dx > 0.1 and abs(dy) < 2 * dx:                # clearly to one side, and not almost straight above
-            yield from (("left", i, j), ("right", j, i))
-        if dy > 0.1 and abs(dx) < 2 * dy:
-            yield from (("above", i, j), ("below", j, i))
-        if holder(a, b):
-            yield "inside", i, j
-        elif not holder(b, a) and max(abs(dx), abs(dy)) < a.radius + b.radius:
-            yield "touching", i, j
-        yield from ((same, i, j) for same in ATTRIBUTES if getattr(a, same) == getattr(b, same))
-    for (i, a), (j, b), (k, c) in itertools.permutations(enumerate(objects), 3):
-        ux, uy, vx, vy = c.x - b.x, c.y - b.y, a.x - b.x, a.y - b.y
-        length = math.hypot(ux, uy)
-        if length > 0.3 and 0.25 < (ux * vx + uy * vy) / length ** 2 < 0.75 and abs(ux * vy - uy * vx) < 0.12 * length:
-            yield "between", i, j, k                     # a lies near the middle half of the line from b to c
+def related(a, relation, b):
+    """Whether a relation of two things holds: its one definition, for writer and oracle."""
+    across = b.x - a.x
+    down = b.y - a.y
+    if relation == "left of":
+        return across > abs(down)
+    if relation == "right of":
+        return -across > abs(down)
+    if relation == "above":
+        return down > abs(across)
+    if relation == "below":
+        return -down > abs(across)
+    return True  # "and" says nothing of the places
 
-def holder(a, b):                                        # True if a lies in the hole of b
-    return b.shape in HOLLOW and max(abs(a.x - b.x), abs(a.y - b.y)) + a.radius < 0.72 * b.radius
-
-def clear(objects):
-    """True if every two are apart, well overlapping or one in the other, and all in the picture: no case of doubt."""
-    for a, b in itertools.combinations(objects, 2):
-        (near, far), reach = sorted((abs(a.x - b.x), abs(a.y - b.y))), a.radius + b.radius
-        overlap = 0.6 * reach < far < 0.85 * reach and near < 0.5 * min(a.radius, b.radius)
-        if far < 1.2 * reach and (a.colour == b.colour or not (overlap or holder(a, b) or holder(b, a))):
-            return False
-    return all(thing.radius < place < 1 - thing.radius for thing in objects for place in (thing.x, thing.y))
-
-def random_scene(rng):
-    """A scene of 2 to 5 objects: mostly apart, some in another or touching it, some alike in shape or colour."""
-    objects, count = [], rng.choices((2, 3, 4, 5), (2, 4, 5, 4))[0]
-    while len(objects) < count:
-        shape, colour = rng.choice(SHAPES if objects or rng.random() < 0.8 else HOLLOW), rng.choice(tuple(COLOURS))
-        size, pattern = rng.choices(tuple(SIZES), (1, 3))[0], rng.choices(ATTRIBUTES["pattern"], (3, 2, 2, 2))[0]
-        other, x, y = rng.choice(objects or [None]), rng.random(), rng.random()
-        if other and rng.random() < 0.4:                 # alike in one way, so that one word does not find the object
-            shape, colour = (other.shape, colour) if rng.random() < 0.6 else (shape, other.colour)
-        if other and other.shape in HOLLOW and shape not in HOLLOW and rng.random() < 0.5:
-            size, x, y = "small", other.x, other.y
-        elif other and rng.random() < 0.2:
-            x, y = other.x + rng.uniform(-0.2, 0.2), other.y + rng.uniform(-0.2, 0.2)
-        new = Thing(shape, colour, size, pattern, x, y, rng.uniform(*SIZES[size]) * (1.25 if shape in HOLLOW and size == "large" else 1))
-        objects += [new] if clear([*objects, new]) else []
-    return Scene(objects, rng.choice(tuple(BACKGROUNDS)), rng.uniform(-1, 1))
-
-def near_twin(rng, scene, pair):
-    """The scene with one attribute or the place of one of a pair of objects changed, or with the two swapped."""
-    while True:
-        objects, (i, j) = list(scene.objects), rng.sample(pair, 2)
-        a, b, kind = objects[i], objects[j], rng.choice((*ATTRIBUTES, *3 * ("swap", "move")))
-        if kind in ATTRIBUTES:
-            value = rng.choice([value for value in ATTRIBUTES[kind] if value != getattr(a, kind)])
-            objects[i] = a._replace(**{kind: value}, radius=rng.uniform(*SIZES.get(value, [a.radius] * 2)))
-        elif kind == "swap":
-            objects[i], objects[j] = a._replace(x=b.x, y=b.y), b._replace(x=a.x, y=a.y)
-        else:
-            objects[i] = a._replace(x=rng.random(), y=rng.random())
-        if clear(objects):
-            return Scene(objects, scene.background, scene.light)
-
-def inside_shape(shape, x, y):
-    """Which of the points x, y in [-1, 1] (y down) the shape covers."""
-    side, r, v = np.maximum(abs(x), abs(y)), np.hypot(x, y), 1.15 * y - 0.15
-    fold = lambda: abs((np.arctan2(x, -y) + math.pi / 5) % (0.4 * math.pi) - math.pi / 5)   # a star onto half of one of its points
-    return {"star": lambda: 0.27 * r * np.cos(turn := fold()) + 0.63 * r * np.sin(turn) < 0.28, "ring": lambda: (r < 1) & (r > 0.62),
-            "heart": lambda: (1.3 * x * x + v * v - 1) ** 3 < -2 * x * x * v ** 3, "cross": lambda: np.minimum(abs(x), abs(y)) < 0.34,
-            "triangle": lambda: abs(x) < (y + 1) / 2, "diamond": lambda: abs(x) + abs(y) < 1, "frame": lambda: side > 0.66,
-            "moon": lambda: (r < 1) & (np.hypot(x - 0.5, y + 0.3) > 0.75), "square": lambda: side < 0.93, "circle": lambda: r < 1}[shape]()
-
-def draw(scene, size=112):
-    """The picture of a scene: an RGB image of size x size pixels, drawn three times as large and reduced."""
-    full = 3 * size
-    column = np.linspace(-9, 9, full)[:, None] * scene.light + BACKGROUNDS[scene.background]
-    canvas = np.repeat(np.uint8(column)[:, None], full, axis=1)
-    for thing in sorted(scene.objects, key=lambda thing: -thing.radius):
-        left, top, right, bottom = (round(full * (c + d * thing.radius)) for d in (-1, 1) for c in (thing.x, thing.y))
-        x = (np.arange(left, right) + 0.5 - full * thing.x)[None] / (full * thing.radius)
-        y = (np.arange(top, bottom) + 0.5 - full * thing.y)[:, None] / (full * thing.radius)
-        whole, part = inside_shape(thing.shape, x, y), canvas[top:bottom, left:right]
-        colour = part[whole] = np.array(COLOURS[thing.colour])
-        ink = {"plain": lambda: False, "striped": lambda: 1.5 * y % 1 < 0.5, "dotted": lambda: np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) < 0.3,
-               "checked": lambda: (2 * x % 2 < 1) ^ (2 * y % 2 < 1)}[thing.pattern]()
-        part[whole & ink] = 0.3 * colour + (0 if colour.sum() > 390 else 178)
-    return Image.fromarray(canvas).reduce(3)
-
-def look(rng, scene):
-    """Regions as a detector gives them, from pixels alone: the whole picture, then in random order the objects' boxes, a little
-    off, and one to three boxes of anything. Features (R,F) float16 in [-1, 1], boxes (R,4) float32."""
-    spots = [[v + rng.uniform(-0.07, 0.07) * o.radius for v in (o.x, o.y, o.radius)] for o in scene.objects]
-    spots += [[rng.random(), rng.random(), rng.uniform(0.06, 0.25)] for _ in range(rng.randint(1, 3))]
-    rng.shuffle(spots)
-    boxes = np.clip([(0, 0, 1, 1), *((x - r, y - r, x + r, y + r) for x, y, r in spots)], 0, 1)
-    return describe_crops(draw(scene), boxes).astype(np.float16), boxes.astype(np.float32)
-
-ADJECTIVES = f"(?:(?:{'|'.join((*COLOURS, *SIZES, *ATTRIBUTES['pattern']))}) )*"
-PIECES = re.compile(rf"(?:(?P<n>(?:a|the) {ADJECTIVES}(?:{'|'.join(SHAPES)}))|(?P<b>between)|(?P<j>and)"
-                    rf"|(?P<p>(?:two|three|four) {ADJECTIVES}(?:{'|'.join(PLURALS.values())}))"
-                    rf"|(?P<r>(?:to the )?(?:left|right) of|above|below|inside|touching|the same (?:{'|'.join(ATTRIBUTES)}) as)"
-                    rf"|(?P<t>there (?:is|are))|(?P<v>is|are|sits|lies)|(?P<g>on a (?:{'|'.join(BACKGROUNDS)}) background))(?: |$)")
-PREDICATE = re.compile("r[np](?:j[np](?!v?[rb]))?|bnjn")         # left of A; left of A and B (of each); between A and B
-CLAUSE = re.compile("t?[np](?:v?(?:{0})(?:j(?:{0}))?)?|(?:{0})v[np]".format(PREDICATE.pattern))
-
-def parse(caption):
-    """Sentence -> nouns [(count, bits)], facts [(relation, two or three nouns)], background or None. Returns None if it does not parse."""
-    pieces = list(PIECES.finditer(caption))
-    if "".join(piece.group() for piece in pieces) != caption or caption.endswith(" "):
-        return None
-    texts, codes = [piece.group().split() for piece in pieces], "".join(piece.lastgroup for piece in pieces)
-    background = texts[-1][2] if codes.endswith("g") else None
-    codes, facts, at = codes.removesuffix("g"), [], 0
-    number = {i: n for n, i in enumerate(i for i, code in enumerate(codes) if code in "np")}
-    nouns = [(COUNTS[texts[i][0]], sum({BITS[word] for word in texts[i][1:]})) for i in number]
-    while clause := CLAUSE.match(codes, at):
-        end = clause.end()
-        subject = number[end - 1 if codes[at] in "rb" else at + (codes[at] == "t")]
-        for found in PREDICATE.finditer(codes, at, end):
-            ends = [number[i] for i in range(*found.span()) if i in number]
-            name = next(word for word in texts[found.start()] if word not in ("to", "the", "same"))
-            facts += [(name, subject, *ends)] if name == "between" else [(name, subject, end) for end in ends]
-        if end == len(codes):
-            return nouns, facts, background
-        at = end + 1 if codes[end] == "j" else len(codes)
-    return None
-
-def holds(meaning, scene):
-    """Whether different objects fit a parsed sentence's nouns and all its facts hold. Two red circles: exactly two, and facts of each."""
-    (nouns, facts, background), choices = meaning, []
-    for count, bits in nouns:
-        fit = [i for i, have in enumerate(scene.bits) if have & bits == bits]
-        if len(fit) < count or len(fit) > count > 1:
-            return False
-        choices.append([(i,) for i in fit] if count == 1 else [fit])
-    return background in (None, scene.background) and any(
-        len(set().union(*chosen)) == sum(map(len, chosen))
-        and all((name, *ends) in scene.facts for name, *numbers in facts for ends in itertools.product(*(chosen[n] for n in numbers)))
-        for chosen in itertools.product(*choices))
 
 def describes(caption, scene):
-    """The oracle: True or False, whether a sentence is true of a scene, or None if it does not parse."""
-    return (meaning := parse(caption)) and holds(meaning, scene)
+    """The oracle: True or False, whether a sentence is true of a scene; None if it is none."""
+    sentence = SENTENCE.fullmatch(caption)
+    if sentence is None:
+        return None
+    if sentence["background"] not in (None, scene.background):
+        return False
+    first = set(sentence["first"].split()[1:])
+    second = set(sentence["second"].split()[1:])
+    return any(
+        first <= set(a[:4]) and second <= set(b[:4]) and related(a, sentence["relation"], b)
+        for a, b in itertools.permutations(scene.objects, 2)
+    )
 
-# "*" opens a scene-graph phrase and "_" joins its words. a, b, c: objects; n: all objects of a kind; r: a relation from
-# a to b, both: to b and c, s: from a to c, each: from all n to b; v: a verb; on: the background.
-SENTENCES = ("{a} {r} {b}", "{a} {r} {b}", "{a} {v} {r} {b}", "{a} {v} {r} {b}", "{r} {b} {v} {a}", "there is {a} {r} {b}",
-             "{a} {r} {b} {on}", "{a} and {b} {on}", "there is {a} and {b}", "{a} {both} {b} and {c}", "{n} and {b} {on}",
-             "{a} {r} {b} and {s} {c}", "{a} *between {b} and {c}", "{a} {v} *between {b} and {c}", "there are {n} and {b}",
-             "{n} are {each} {b}", "{a} is the *same_{same}_as {b}")
 
-def draft_caption(rng, scene, pair):
-    """One try at a caption about two objects: words, phrases [[word positions]]. It need not be true: its form may not suit the scene."""
-    things, (a, b), form = scene.objects, rng.sample(pair, 2), rng.choice(SENTENCES)
-    c = rng.choice([i for i in range(len(things)) if i not in pair] or pair)
-    if "between" in form:
-        a, b, c = rng.choice([ends for name, *ends in scene.facts if name == "between"] or [(a, b, c)])
-    kind = rng.choice(("shape", "shape", "colour", "pattern"))
-    alike = [i for i, thing in enumerate(things) if getattr(thing, kind) == getattr(things[a], kind)]
-    same = rng.choice([name for name, *ends in scene.facts if name in ATTRIBUTES and ends == [a, b]] or ["size"])
+def paraphrase(caption):
+    """The sentence told from the other thing: "A left of B" becomes "B right of A", which is true
+    of the same scenes. None if the caption is no sentence, or is the same from both sides."""
+    sentence = SENTENCE.fullmatch(caption)
+    if sentence is None:
+        return None
+    telling, *rest = sentence["relation"].split()
+    words = [sentence["second"], INVERSE[telling], *rest, sentence["first"]]
+    turned = (sentence["start"] or "") + " ".join(words) + (sentence["end"] or "")
+    return None if turned == caption else turned
 
-    def relation(subjects, ends):
-        names = [name for name in ("inside", "touching", "left", "right", "above", "below")
-                 if all((name, *both) in scene.facts for both in itertools.product(subjects, ends))] or ["?"]
-        name = names[0] if names[0] in ("inside", "touching") and rng.random() < 0.6 else rng.choice(names)
-        return rng.choice((f"*{name}_of", f"to the *{name} of")) if name in ("left", "right") else f"*{name}"
 
-    def noun(*numbers, omit=None):
-        shared = {name: getattr(things[numbers[0]], name) for name in ATTRIBUTES if len({getattr(things[i], name) for i in numbers}) == 1}
-        shape, one = shared.pop("shape", "shape"), len(numbers) == 1
-        words = [value for name, value in shared.items() if name != omit and rng.random() < 0.78 * (0.6 if value == "plain" else 1.1)]
-        return " *".join(["a" if one else f"*{list(COUNTS)[len(numbers)]}", *words, shape if one else PLURALS[shape]])
-    say = {"a": lambda: noun(a, omit=same if "same" in form else None), "b": lambda: noun(b), "c": lambda: noun(c),
-           "n": lambda: noun(*alike) if 1 < len(alike) < 5 else "?", "each": lambda: relation(alike, [b]),
-           "r": lambda: relation([a], [b]), "s": lambda: relation([a], [c]), "both": lambda: relation([a], [b, c]),
-           "same": lambda: same, "v": lambda: rng.choice(("is", "sits", "lies")), "on": lambda: f"on a *{scene.background} background"}
-    words, phrases = [], []
-    for piece in re.sub(r"{(\w+)}", lambda slot: say[slot[1]](), form).split():
-        parts = piece.strip("*").split("_")
-        phrases += [list(range(len(words), len(words) + len(parts)))] if piece[0] == "*" else []
-        words += parts
-    return words, phrases
+def phrases_of(caption):
+    """Word positions of what can be masked: each shape, adjective and background, alone, and the
+    words of the relation together."""
+    phrases = []
+    for n, word in enumerate(caption.split()):
+        if word == "of":
+            phrases[-1].append(n)
+        elif any(word in words for words in KINDS.values()):
+            phrases.append([n])
+    return phrases
 
-def five_captions(rng, scene, pairs, twins):
-    """Five different true captions of 6 to 16 words, none of them true of a twin; None if they do not turn up."""
-    captions = {}
-    for _ in range(300):
-        words, phrases = draft_caption(rng, scene, rng.choice(pairs))
-        meaning = parse(" ".join(words)) if 6 <= len(words) <= 16 else None
-        if meaning and holds(meaning, scene) and not any(holds(meaning, twin) for twin in twins):
-            captions[tuple(words)] = words, phrases
+
+# Scenes and sentences at random.
+
+
+def well_placed(objects):
+    """True if things lie in the picture, apart, and no direction is in doubt."""
+    for thing in objects:
+        room = 1.15 * SIZES[thing.size]
+        if not (room < thing.x < 1 - room and room < thing.y < 1 - room):
+            return False
+    for a, b in itertools.combinations(objects, 2):
+        across = abs(a.x - b.x)
+        down = abs(a.y - b.y)
+        apart = max(across, down) > 1.2 * (SIZES[a.size] + SIZES[b.size])
+        if not apart or abs(across - down) < 0.08:
+            return False
+    return True
+
+
+def random_thing(rng):
+    """Any thing, anywhere in the picture."""
+    words = [rng.choice(KINDS[kind]) for kind in ("size", "pattern", "colour", "shape")]
+    room = 1.15 * SIZES[words[0]]
+    return Thing(*words, rng.uniform(room, 1 - room), rng.uniform(room, 1 - room))
+
+
+def random_scene(rng):
+    """A scene of two to four things; often two share a colour or a shape, so that one word does
+    not tell them apart."""
+    count = rng.randint(2, 4)
+    things = []
+    while len(things) < count:
+        new = random_thing(rng)
+        if things and rng.random() < 0.3:
+            alike = rng.choice(("shape", "colour"))
+            new = new._replace(**{alike: getattr(rng.choice(things), alike)})
+        if well_placed([*things, new]):
+            things.append(new)
+        elif rng.random() < 0.03:
+            things = []  # there may be no room left
+    return Scene(things, rng.choice(KINDS["background"]))
+
+
+def near_twin(rng, scene):
+    """The scene with one attribute or the place of one thing changed, or two places swapped.
+    A model must read every word, and who is where, to tell the two apart."""
+    while True:
+        things = list(scene.objects)
+        i, j = rng.sample(range(len(things)), 2)
+        change = rng.choice(("size", "pattern", "colour", "shape", "place", "swap"))
+        a, b, new = things[i], things[j], random_thing(rng)
+        if change == "swap":
+            things[i] = a._replace(x=b.x, y=b.y)
+            things[j] = b._replace(x=a.x, y=a.y)
+        elif change == "place":
+            things[i] = a._replace(x=new.x, y=new.y)
+        else:
+            things[i] = a._replace(**{change: getattr(new, change)})
+        if things != scene.objects and well_placed(things):
+            return Scene(things, scene.background)
+
+
+def write_caption(rng, scene):
+    """A true sentence about two things of a scene; each adjective is mentioned or not."""
+    a, b = rng.sample(scene.objects, 2)
+    relation = next(relation for relation in RELATIONS if related(a, relation, b))
+    if rng.random() < 0.15:
+        relation = "and"
+    nouns = []
+    for thing in (a, b):
+        adjectives = [word for word in thing[:3] if rng.random() < 0.65]
+        nouns.append(" ".join(["a", *adjectives, thing.shape]))
+    caption = f"{nouns[0]} {relation} {nouns[1]}"
+    form = rng.random()
+    if form < 0.15:
+        return f"there is {caption}"
+    if form < 0.3:
+        return f"{caption} on a {scene.background} background"
+    return caption
+
+
+def five_captions(rng, scene, twins):
+    """Five different captions, none of them true of a twin; None if they do not turn up."""
+    captions = []
+    for _ in range(200):
+        caption = write_caption(rng, scene)
+        if caption not in captions and not any(describes(caption, twin) for twin in twins):
+            captions.append(caption)
         if len(captions) == 5:
-            return list(captions.values())
+            return captions
     return None
 
+
+def make_family(rng, size):
+    """[(scene, five captions)] of `size` scenes that are near-twins of the first."""
+    while True:
+        scenes = [random_scene(rng)]
+        while len(scenes) < size:
+            scenes.append(near_twin(rng, scenes[0]))
+        family = []
+        for scene in scenes:
+            twins = [twin for twin in scenes if twin is not scene]
+            family.append((scene, five_captions(rng, scene, twins)))
+        # Scenes that cannot be told apart in five ways are given up.
+        if all(captions for _, captions in family):
+            return family
+
+
 def make_scenes(seed, split, size):
-    """Yields `size` times (scene, five captions (words, phrases), features (R,F), boxes (R,4)), a function of its arguments only.
-    Val and test come in families of five near-twins, and no caption there is true of another of its family."""
-    rng, made = random.Random(f"{seed} {split}"), 0
-    while made < size:
-        members = [random_scene(rng)]
-        pairs = list(itertools.combinations(range(len(members[0].objects)), 2))
-        pairs = pairs if split == "train" else [rng.choice(pairs)]
-        while split != "train" and len(members) < 5:
-            twin = near_twin(rng, members[0], pairs[0])
-            members += [twin] if twin.objects not in [scene.objects for scene in members] else []
-        captions = [five_captions(rng, scene, pairs, [t for t in members if t is not scene]) for scene in members]
-        for scene, five in zip(members[:size - made], captions if None not in captions else ()):
-            made += 1
-            yield (scene, five, *look(rng, scene))
+    """[(scene, five captions)] of a split, a function of the arguments only. Val and test come
+    in families of five near-twins, and no caption is true of another of its family."""
+    rng = random.Random(f"{seed} {split}")
+    made = []
+    while len(made) < size:
+        made += make_family(rng, 1 if split == "train" else 5)
+    return made[:size]
 
-def identification_ceiling(scenes, captions, image_of_caption):
-    """R@1 in percent, (text, image) retrieval, to expect of one who knows the whole truth and guesses among ties.
-    scenes: list; captions: list of str; image_of_caption: the number of each caption's scene."""
-    true = np.array([[holds(meaning, scene) for scene in scenes] for meaning in map(parse, captions)])
-    own = true & (np.asarray(image_of_caption)[:, None] == np.arange(len(scenes)))
-    return tuple(float(100 * (own.sum(axis) / true.sum(axis).clip(1)).mean()) for axis in (0, 1))
 
-def load_scenes(seed, sizes, store, tokens=None):
-    """The embedded world as Data, made once and then read from the folder `store`. sizes: images in train, val and test. tokens: a checkpoint's."""
-    sizes, target, splits = dict(zip(("train", "val", "test"), sizes)), Path(store) / "regions.bin", {}
-    source, made, intact = {"world": 1, "seed": seed, "sizes": sizes}, {split: [] for split in sizes}, False
+# Pictures, and what is seen of them.
 
-    def items():
-        for split, size in sizes.items():
-            for i, (scene, captions, features, boxes) in enumerate(make_scenes(seed, split, size)):
-                made[split].append([scene.objects, scene.background, scene.light, captions])
-                yield f"scene_{split}_{i:04d}", features, boxes
-    with contextlib.suppress(InputError):                # no store yet, or a harmed one
-        intact = Regions(target).source == source
-    made = _remember(target.with_name("scenes.json"), source, lambda: write_regions(target, items(), source) or made, again=not intact)
-    regions = Regions(target)
-    for split, content in made.items():
-        rows = np.array([row for row, name in enumerate(regions.names) if f"_{split}_" in name], np.int64)
-        scenes = [Scene([Thing(*thing) for thing in things], background, light) for things, background, light, _ in content]
-        captions = [(words, phrases) for *_, five in content for words, phrases in five]
-        splits[split] = Split([regions.names[row] for row in rows], rows, [" ".join(words) for words, _ in captions],
-                              torch.arange(len(content)).repeat_interleave(5), captions, scenes)
-    return Data("scenes", WordPiece(tokens or build_vocabulary(splits["train"].captions, 1), True), regions, splits)
+
+@functools.cache
+def stencil(shape, width):
+    """Where a thing is: a mask of width x width pixels."""
+    mask = Image.new("L", (width, width))
+    pen = ImageDraw.Draw(mask)
+    pen.polygon((OUTLINES[shape] * width / 10).ravel().tolist(), fill=255)
+    if shape in HOLES:
+        pen.polygon((HOLES[shape] * width / 10).ravel().tolist(), fill=0)
+    return mask
+
+
+@functools.cache
+def weave(pattern, width):
+    """Where a pattern is dark: a mask of width x width pixels."""
+    cell = np.arange(width) * 8 // width
+    offset = (np.arange(width) * 4 / width) % 1 - 0.5  # from the middle of four columns
+    dark = np.zeros((width, width), bool)
+    if pattern == "striped":
+        dark[cell % 2 == 1] = True
+    if pattern == "checked":
+        dark = (cell // 2 + cell[:, None] // 2) % 2 == 1
+    if pattern == "dotted":
+        dark = np.hypot(offset, offset[:, None]) < 0.3
+    return Image.fromarray(dark.astype(np.uint8) * 255)
+
+
+def draw(scene, size=112):
+    """The picture of a scene, size x size pixels; drawn three times as large and reduced."""
+    full = 3 * size
+    sheet = Image.new("RGB", (full, full), BACKGROUNDS[scene.background])
+    for thing in scene.objects:
+        width = round(2 * SIZES[thing.size] * full)
+        corner = (round(thing.x * full - width / 2), round(thing.y * full - width / 2))
+        bright = COLOURS[thing.colour]
+        dark = tuple(11 * value // 20 for value in bright)
+        tile = Image.new("RGB", (width, width), bright)
+        tile.paste(dark, mask=weave(thing.pattern, width))
+        sheet.paste(tile, corner, stencil(thing.shape, width))
+    return sheet.reduce(3)
+
+
+def look(rng, scene):
+    """Regions as a detector gives them, from pixels alone: the whole picture and a box a little
+    off each thing, in random order -> features (R, F), boxes (R, 4)."""
+    boxes = []
+    for thing in scene.objects:
+        reach = SIZES[thing.size] * rng.uniform(1.1, 1.2)
+        x = thing.x + SIZES[thing.size] * rng.uniform(-0.06, 0.06)
+        y = thing.y + SIZES[thing.size] * rng.uniform(-0.06, 0.06)
+        boxes.append([x - reach, y - reach, x + reach, y + reach])
+    rng.shuffle(boxes)
+    boxes = np.concatenate([WHOLE, boxes]).clip(0, 1)
+    return describe_crops(draw(scene), boxes), boxes
+
+
+def load_scenes(seed, sizes, store, tokens=None, elsewhere=()):
+    """The embedded world as Data.
+
+    sizes: images in train, val and test. store, elsewhere: as for load_data. tokens: the vocabulary
+    of a checkpoint.
+    """
+    splits = {}
+    names, scenes = [], []
+    for split, size in zip(("train", "val", "test"), sizes):
+        made = make_scenes(seed, split, size)
+        captions = [caption for _, own in made for caption in own]
+        splits[split] = Split(
+            images=[f"{split}_{i:04d}" for i in range(size)],
+            rows=[len(scenes) + i for i in range(size)],
+            captions=captions,
+            image_of_caption=torch.arange(size).repeat_interleave(5),
+            phrases=[phrases_of(caption) for caption in captions],
+            scenes=[scene for scene, _ in made],
+        )
+        names += splits[split].images
+        scenes += splits[split].scenes
+
+    def make_images():
+        rng = random.Random(f"{seed} boxes")
+        for name, scene in zip(names, scenes):
+            yield name, *look(rng, scene)
+
+    source = ["scenes", WORLD, seed, *sizes]
+    regions = open_regions(store, source, make_images, elsewhere=elsewhere)
+    tokens = tokens or build_vocabulary(splits["train"].captions, min_count=1)
+    return Data("scenes", WordPiece(tokens, lowercase=True), regions, splits)
+
+
+def describe_crops(picture, boxes):
+    """Appearance of boxes (R, 4) of an RGB picture as numbers (R, 321).
+
+    Each crop is brought to 24 x 24 pixels, and what differs from its border is taken for the
+    thing in it: 144 numbers tell its silhouette, 64 its colours, 64 those around it, 49 its
+    pattern.
+    """
+    crops = []
+    for box in boxes * [*picture.size, *picture.size]:
+        crops.append(np.asarray(picture.resize((24, 24), Image.BOX, tuple(box)), np.float32))
+    crops = np.stack(crops) / 255  # (R, 24, 24, 3)
+    edge = np.ones((24, 24), bool)
+    edge[1:-1, 1:-1] = False
+    ground = np.median(crops[:, edge], 1)  # (R, 3)
+    inside = (4 * np.abs(crops - ground[:, None, None]).max(-1)).clip(0, 1)  # (R, 24, 24)
+    silhouette = inside.reshape(-1, 12, 2, 12, 2).mean((2, 4)).reshape(-1, 144)
+
+    # Shares of four levels of red, green and blue, so that a colour is a point of 64.
+    levels = (1 - np.abs(3 * crops[..., None] - np.arange(4))).clip(0).reshape(-1, 576, 3, 4)
+    red, green, blue = levels.transpose(2, 0, 1, 3)  # (R, 576, 4) each
+    pairs = (red[..., None] * green[..., None, :]).reshape(-1, 576, 16)
+    share = inside.reshape(-1, 576, 1)
+    own = (pairs * share).transpose(0, 2, 1) @ blue / share.sum(1, keepdims=True).clip(1)
+    around = (pairs * (1 - share)).transpose(0, 2, 1) @ blue / 576
+
+    # How much the light at two places in the thing is alike, for steps of 0 to 6 pixels between
+    # them: it tells a pattern wherever it begins, and whatever it is painted on.
+    light = crops.mean(-1)
+    mean = (light * inside).sum((1, 2)) / inside.sum((1, 2)).clip(1)
+    light = (light - mean[:, None, None]) * inside
+    both = []
+    for values in (light, inside):
+        waves = np.abs(np.fft.rfft2(values, (32, 32))) ** 2
+        both.append(np.fft.irfft2(waves)[:, :7, :7])
+    alike = both[0] / (both[1] + 10)
+    alike = (alike / (alike[:, :1, :1] + 5e-4)).reshape(-1, 49)
+
+    # Roots and weights: each part spreads as widely as the silhouette does, so that none is louder.
+    own, around = np.sqrt(own).reshape(-1, 64), np.sqrt(around).reshape(-1, 64)
+    return np.concatenate([silhouette - 0.5, 5 * own, 4 * around, 2 * alike], 1)

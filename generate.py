@@ -1,128 +1,440 @@
-"""Tailored synthetic negatives: mask phrases, refill, filter, select (METHOD 3). Integers in, integers out.
-Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each, N = M * K candidates, H kept negatives,
-C captions of an image, V vocabulary, Q masked positions of all sentences together. Every mask: True = real / usable. Everything runs on
-the device of `input_ids`, draws from one torch.Generator, needs no gradient and knows no tokenizer: `fill` and `match` are any callables
-    (input_ids (n, T) long, image index (n,) long in 0..B-1) -> logits (n, T, V), respectively (n,),
-in eval mode, since dropout would blur both the words drawn and the scores compared.
+"""Tailored synthetic negatives: mask phrases, refill, filter, select (section 3.3 of the paper).
+
+Integers in, integers out: no gradient, no tokenizer, no model of ours. The encoder comes in as
+two callables, both in eval mode (dropout would blur the words drawn and the scores compared):
+
+    fill(input_ids (n, T), image_index (n,), places (q,)) -> word logits (q, V) at `places`, flat
+        positions in (n, T): encoder(input_ids, image_index).flatten(0, 1)[places], projected
+    match(input_ids (n, T), image_index (n,)) -> matching logits (n,)
+
+Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each,
+N = M * K candidates, H kept negatives, C captions of an image, V vocabulary, W words of it that
+may be written, q masked positions of all sentences together. Every mask: True = real / usable.
 
 A worked example, M = 1, K = 2, H = 1 (phrases: "two dogs", "running", "on", "grass"):
-    [CLS] two dogs running on grass [SEP]
-    [CLS] [MASK] [MASK] running on grass [SEP]     labels: -1 two dogs -1 -1 -1 -1         mask_phrases
-    [CLS] two dogs running on grass [SEP]          the caption itself: dropped             refill_masks, drop_non_negatives
-    [CLS] three cows running on grass [SEP]        kept; labels: -1 two dogs -1 -1 -1 -1   select_hardest"""
+
+    [CLS] two dogs running on grass [SEP]          the caption
+    [CLS] [MASK] [MASK] running on grass [SEP]     mask_phrases; labels -1 two dogs -1 -1 -1 -1
+    [CLS] two dogs running on grass [SEP]          refill_masks; dropped: the caption itself
+    [CLS] three cows running on grass [SEP]        kept; labels -1 two dogs -1 -1 -1 -1
+
+Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
+or `match` raises ValueError on a CPU alone; on a GPU a sentence with a NaN score is not used.
+"""
+
+import math
+import re
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+
 class Negatives(NamedTuple):
     """What `tailor_negatives` keeps of a batch."""
-    sentences: torch.Tensor  # (B, H, T) long; all padding where not valid
-    valid: torch.Tensor      # (B, H) bool; False = the caption ran out of usable candidates
-    labels: torch.Tensor     # (B, H, T) long; the original word where the sentence differs from the caption, else -1
 
-def mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None):
-    """Masks whole phrases of each caption, M times over (METHOD 3.1).
-    input_ids: (B, T) long.  phrases: (B, P, T) bool membership; a caption without any phrase, or None, masks single words.
-    vocabulary_range: (first, end) of the ordinary word ids; others (special tokens, padding, unknown words) are never masked.
-    A phrase is chosen with `probability`, averaged over its tokens (a token in f phrases counts probability / f), and one at random if none
-    was. All its tokens are masked together: 80% become mask_id, 10% a random word, 10% stay.
-    Returns masked ids and labels, both (B, M, T) long; labels hold the original word at masked positions and -1 elsewhere."""
-    (b, t), device, (first, end) = input_ids.shape, input_ids.device, vocabulary_range
+    sentences: torch.Tensor  # (B, H, T) ids; all padding where not valid
+    valid: torch.Tensor  # (B, H) bool; False = the caption ran out of usable candidates
+    labels: torch.Tensor  # (B, H, T) ids; the original word where it was replaced, else -1
+
+
+def mask_phrases(
+    input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None
+):
+    """Masks whole phrases of each caption, M times over.
+
+    input_ids: (B, T) integers. phrases: (B, P, T) bool, which token belongs to which phrase; of a
+        caption without any, and of all if phrases is None, every word is a phrase.
+    vocabulary_range: (first, end) of the ordinary words; special tokens are never masked.
+    probability: of each phrase; if none of a caption is drawn, one at random is.
+    Returns masked ids and labels, both (B, M, T); a label is the original word where it was
+    masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random word, 10% themselves.
+    """
+    first, end = vocabulary_range
+    if not first < end:
+        raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
-    words = torch.eye(t, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
-    phrases = words[:, :0] if phrases is None else phrases & ordinary[:, None]
-    phrases = torch.cat((phrases, words & ~phrases.flatten(1).any(1)[:, None, None]), 1)  # (B, P, T), P grown by T
+    phrases = complete_phrases(phrases, ordinary)
+    B, P, T = phrases.shape
+    device = input_ids.device
+
+    # A token that lies in f phrases brings each of them probability / f; a phrase's chance is
+    # the mean over its tokens.
     member = phrases.float()
-    share = probability / member.sum(1).clamp(min=1)                                    # (B, T)
-    chance = (member * share[:, None]).sum(2) / member.sum(2).clamp(min=1)              # (B, P)
-    draw = torch.rand(b, maskings, phrases.size(1), device=device, generator=generator)  # (B, M, P)
-    chosen = draw < chance[:, None]
-    among_rest = (draw - chance[:, None]) / (1 - chance[:, None])                       # uniform again, where nothing was chosen
-    fallback = among_rest.masked_fill(~phrases.any(2)[:, None], 2.0).argmin(2, keepdim=True)
-    chosen = torch.where(chosen.any(2, keepdim=True), chosen, torch.zeros_like(chosen).scatter(2, fallback, True))
-    masked = torch.matmul(chosen.float(), member) > 0                                   # (B, M, T)
-    original = input_ids[:, None].expand(b, maskings, t)
-    coin = torch.rand(b, maskings, t, device=device, generator=generator)
-    random_words = torch.randint(first, end, (b, maskings, t), device=device, generator=generator)
-    shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, random_words, original))
+    share = probability / member.sum(1, keepdim=True).clamp(min=1)  # (B, 1, T)
+    chance = (member * share).sum(2) / member.sum(2).clamp(min=1)  # (B, P)
+    chosen = torch.rand(B, maskings, P, device=device, generator=generator) < chance[:, None]
+
+    # One phrase at random where none was chosen: the highest of random tickets, empty ones last.
+    tickets = torch.rand(B, maskings, P, device=device, generator=generator)
+    tickets = tickets.masked_fill(~phrases.any(2)[:, None], -1.0)
+    one = F.one_hot(tickets.argmax(2), P).bool()
+    chosen = torch.where(chosen.any(2, keepdim=True), chosen, one)  # (B, M, P)
+    masked = torch.matmul(chosen.float(), member) > 0  # (B, M, T)
+
+    # What is shown in place of the masked words.
+    original = input_ids[:, None].expand(B, maskings, T)
+    coin = torch.rand(B, maskings, T, device=device, generator=generator)
+    words = torch.randint(first, end, (B, maskings, T), device=device, generator=generator)
+    words = words.to(input_ids.dtype)
+    shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, words, original))
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
-def refill_masks(fill, masked, labels, vocabulary_range, refills=1, temperature=1.5, generator=None, chunk_size=512, project=None,
-                 truth_threshold=1.0):
-    """Samples every masked position anew from softmax(logits / temperature), K times (METHOD 3.2).
-    masked, labels: (B, M, T) long from `mask_phrases`; labels may lie on the CPU when all else is on a GPU, and nothing waits for it then.
-    Only ids in vocabulary_range are ever sampled.  chunk_size: sentences a call of `fill`.  project: if given, `fill` returns states
-    (n, T, D), and project (q, D) -> (q, V) makes logits of the masked ones alone.  truth_threshold: a word more probable than this is likely
-    true of the image and never sampled, save the original, so that single words of a phrase can be wrong. 1 = off, as in the paper.
-    Returns candidates (B, M * K, T) long: the K refills of masking 0 first, then those of masking 1, ..."""
-    (b, m, t), (first, end) = masked.shape, vocabulary_range
-    candidates = masked.flatten(0, 1)[:, None].repeat(1, refills, 1)  # (B * M, K, T)
-    image_index = torch.arange(b, device=masked.device).repeat_interleave(m)
-    for rows, targets, images in zip(candidates.split(chunk_size), labels.flatten(0, 1).split(chunk_size), image_index.split(chunk_size)):
-        row, column = (targets >= 0).nonzero().to(masked.device, non_blocking=True).unbind(1)  # (q,) each
-        states = fill(rows[:, 0], images)[row, column]
-        logits = (project(states) if project else states)[:, first:end].float()       # (q, V)
+
+def complete_phrases(phrases, ordinary):
+    """Phrases of ordinary words (B, T) alone; a caption without any gets a phrase a word."""
+    B, T = ordinary.shape
+    words = torch.eye(T, dtype=torch.bool, device=ordinary.device) & ordinary[:, None]  # (B, T, T)
+    if phrases is None:
+        return words
+    if phrases.dim() != 3 or phrases.size(0) != B or phrases.size(2) != T:
+        raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
+    phrases = phrases & ordinary[:, None]  # (B, P, T)
+    without = ~phrases.flatten(1).any(1)  # (B,)
+    return torch.cat((phrases, words & without[:, None, None]), 1)  # (B, P + T, T)
+
+
+def refill_masks(
+    fill,
+    masked,
+    labels,
+    vocabulary_range,
+    refills=1,
+    temperature=1.5,
+    truth_threshold=1.0,
+    writer_images=None,
+    chunk_size=512,
+    generator=None,
+):
+    """Draws every masked position anew from softmax(logits / temperature), K times.
+
+    masked, labels: (B, M, T) from `mask_phrases`; labels may lie on the CPU.
+    truth_threshold: a word that the own image makes more probable than this is likely true of it,
+        and not drawn unless it is the original; 1 = off, as in the paper.
+    writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
+        in the paper. Looking at another (`other_images`) it writes fluent sentences that are false
+        of its own (README), which a truth_threshold then asks too: one more pass over the masks.
+    chunk_size: sentences in one call of `fill`.
+    Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ...
+    """
+    first, end = vocabulary_range
+    if not first < end:
+        raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature} is not a finite number above 0")
+    B, M, T = masked.shape
+    device = masked.device
+    own_images = torch.arange(B, device=device).repeat_interleave(M)  # (B * M,)
+    images = own_images
+    if writer_images is not None:
+        images = writer_images.flatten().to(device, non_blocking=True)
+
+    candidates = []
+    for start in range(0, B * M, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        ids = masked.flatten(0, 1)[chunk]  # (n, T)
+        # Where is a masked word, and which? Found where the labels lie, counted from the first.
+        targets = labels.flatten(0, 1)[chunk].flatten()  # (n * T,)
+        places = (targets >= 0).nonzero()[:, 0]  # (q,)
+        originals = (targets[places, None].long() - first).to(device, non_blocking=True)  # (q, 1)
+        places = places.to(device, non_blocking=True)
+        logits = word_logits(fill, ids, images[chunk], places, vocabulary_range)  # (q, W)
         if truth_threshold < 1:
-            original = targets[targets >= 0].to(logits.device, non_blocking=True)[:, None] - first  # (q, 1)
-            logits = logits.masked_fill((logits.softmax(-1) > truth_threshold).scatter(1, original, False), float("-inf"))
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        uniform = torch.rand(len(row), refills, device=masked.device, generator=generator)
-        words = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (q, K)
-        rows[row, :, column] = words.clamp(max=end - first - 1) + first
-    return candidates.view(b, m * refills, t)
+            belief = logits
+            if writer_images is not None:
+                belief = word_logits(fill, ids, own_images[chunk], places, vocabulary_range)
+            # The original may return, so that single words of a phrase can be wrong.
+            true = word_probabilities(belief) > truth_threshold
+            logits = logits.masked_fill(true.scatter(1, originals, False), -math.inf)
 
-def is_true(sentences, positives, pad_id=0):
-    """Which of the sentences (B, N, T) equal, word for word, one of their row's captions (B, C, T')? -> (B, N) bool."""
-    width = max(sentences.size(2), positives.size(2))
-    sentences, positives = (F.pad(ids, (0, width - ids.size(2)), value=pad_id) for ids in (sentences, positives))
-    true = torch.zeros(sentences.shape[:2], dtype=torch.bool, device=sentences.device)
-    for caption in positives.unbind(1):
-        true |= (sentences == caption[:, None]).all(2)
-    return true
+        # Two draws or more: to check a single one torch would wait for a GPU.
+        chances = word_probabilities(logits / temperature)
+        words = torch.multinomial(chances, max(refills, 2), replacement=True, generator=generator)
+        refilled = ids.flatten()[:, None].repeat(1, refills)  # (n * T, K)
+        refilled[places] = (words[:, :refills] + first).to(ids.dtype)  # (q, K)
+        candidates.append(refilled.view(-1, T, refills).transpose(1, 2))  # (n, K, T)
+    return torch.cat(candidates).reshape(B, M * refills, T)
 
-def drop_non_negatives(candidates, positives, pad_id=0):
-    """Which candidates may serve as negatives: none of the image's own captions, and no duplicate (METHOD 3.3).
-    candidates: (B, N, T) long.  positives: (B, C, T') long, the image's own captions padded with pad_id, T' need not be T.
-    Returns valid (B, N) bool. Of equal candidates the first stays; hashes only bring them together, words decide."""
-    factors = torch.randint(2 ** 62, (candidates.size(2),), generator=torch.Generator().manual_seed(0))
-    keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)       # (B, N), wraps around
-    order = keys.sort(dim=1, stable=True).indices
-    ordered = candidates.gather(1, order[..., None].expand_as(candidates))              # (B, N, T)
-    repeat = F.pad((ordered[:, 1:] == ordered[:, :-1]).all(2), (1, 0))                  # (B, N), equals its predecessor
-    return ~is_true(candidates, positives, pad_id) & ~torch.zeros_like(repeat).scatter(1, order, repeat)
+
+def other_images(B, M, generator=None, device=None):
+    """For each masking an image of the batch (B, M) long, never its own unless B is 1."""
+    step = torch.randint(1, max(B, 2), (B, M), generator=generator, device=device)
+    return (torch.arange(B, device=device)[:, None] + step) % B
+
+
+def word_logits(fill, ids, images, places, vocabulary_range):
+    """What `fill` says of the ordinary words (q, W), float32."""
+    first, end = vocabulary_range
+    logits = fill(ids, images, places)
+    if logits.dim() != 2 or len(logits) != len(places) or logits.size(1) < end:
+        raise ValueError(f"fill must return ({len(places)}, V >= {end}), got {tuple(logits.shape)}")
+    return logits[:, first:end].float()
+
+
+def word_probabilities(logits):
+    """softmax (q, W). A row with NaN raises ValueError on a CPU; on a GPU it becomes all ones."""
+    probabilities = logits.softmax(-1)
+    missing = probabilities[:, :1].isnan()  # (q, 1); softmax spreads a NaN over its row
+    if logits.device.type == "cpu" and missing.any():
+        raise ValueError("fill gave NaN, or no word a chance: no word can be drawn")
+    return probabilities.masked_fill_(missing, 1.0)
+
+
+def is_true(sentences, captions, pad_id=0):
+    """Which of the sentences (B, N, T) equal one of their row's captions (B, C, T') -> (B, N)."""
+    width = max(sentences.size(2), captions.size(2))
+    sentences = F.pad(sentences, (0, width - sentences.size(2)), value=pad_id)
+    captions = F.pad(captions, (0, width - captions.size(2)), value=pad_id)
+    return (sentences[:, :, None] == captions[:, None]).all(3).any(2)
+
+
+def is_repeat(candidates):
+    """Which of the candidates (B, N, T) equal an earlier one of their row -> (B, N) bool."""
+    B, N, T = candidates.shape
+    factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
+    keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
+    # Equal ones have equal keys: each is compared with the earliest of its row that has its key.
+    in_order, order = keys.sort(dim=1, stable=True)
+    earliest = order.gather(1, torch.searchsorted(in_order, keys))  # (B, N)
+    same = (candidates == candidates.gather(1, earliest[..., None].expand(B, N, T))).all(2)
+    return same & (earliest < torch.arange(N, device=candidates.device))
+
+
+def drop_non_negatives(candidates, captions, pad_id=0):
+    """Which candidates (B, N, T) are no caption (B, C, T') of their row and no repeat -> (B, N)."""
+    return ~is_true(candidates, captions, pad_id) & ~is_repeat(candidates)
+
+
+def score_candidates(match, candidates, usable, chunk_size):
+    """Matching logits (B, N) of the candidates (B, N, T), each with its own image.
+
+    On a CPU the usable ones alone are scored, which often spares half of the work, and 0 stands
+    for the others. A GPU would have to be waited for to learn which they are: there all are.
+    """
+    B, N, T = candidates.shape
+    flat = candidates.flatten(0, 1)  # (B * N, T)
+    wanted = torch.arange(B * N, device=flat.device)
+    if flat.device.type == "cpu":
+        wanted = wanted[usable.flatten()]
+    scores = torch.zeros(B * N, device=flat.device)
+    for start in range(0, len(wanted), chunk_size):
+        chunk = wanted[start : start + chunk_size]
+        logits = match(flat[chunk], chunk // N).float()
+        if logits.device.type == "cpu" and logits.isnan().any():
+            raise ValueError("match gave NaN: no hardest sentence can be selected")
+        scores[chunk] = logits
+    return scores.view(B, N)
+
 
 def select_hardest(scores, valid, h):
-    """The h highest-scoring usable candidates of each row (METHOD 3.4).
-    scores: (B, N) float, the higher the harder; one that is not finite is not usable.  valid: (B, N) bool, True = usable.
-    Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out of candidates. Raises ValueError if h > N."""
+    """The h highest-scoring usable candidates of each row.
+
+    scores: (B, N) float, those not finite are not usable. valid: (B, N) bool, the usable ones.
+    Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out of
+    candidates. Raises ValueError if h > N.
+    """
     if h > scores.size(1):
         raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
     usable = valid & scores.isfinite()
-    index = scores.float().masked_fill(~usable, float("-inf")).topk(h, dim=1).indices
+    index = scores.float().masked_fill(~usable, -math.inf).topk(h, dim=1).indices
     return index, usable.gather(1, index)
 
+
 @torch.no_grad()
-def tailor_negatives(fill, match, input_ids, phrases, positives, *, mask_id, vocabulary_range, pad_id=0, maskings=20, refills=20,
-                     hard=31, temperature=1.5, probability=0.15, generator=None, chunk_size=512, project=None, masks=None,
-                     truth_threshold=1.0):
-    """Writes the H hardest false sentences for each caption: mask, refill, filter, select (METHOD 3).
-    fill, match: the two callables of the module docstring.  input_ids: (B, T) long.  phrases: (B, P, T) bool, or None.
-    positives: (B, C, T') long, all true captions of each image, the anchor among them, padded with pad_id.
-    masks: (masked ids, labels) of `mask_phrases`, drawn here if not given, so that the MLM loss can share them. Others as above; H <= M * K.
-    Returns Negatives(sentences, valid, labels). Valid sentences are pairwise different within a row, hardest first, hold no
-    special token that the caption lacks, and equal none of `positives`; the others are all padding with labels of -1."""
-    masked, labels = masks or mask_phrases(input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator)
-    candidates = refill_masks(fill, masked, labels, vocabulary_range, refills, temperature, generator, chunk_size, project, truth_threshold)
-    usable = drop_non_negatives(candidates, positives, pad_id)  # (B, N)
-    index, valid = select_hardest(_score_usable(match, candidates, usable, chunk_size), usable, hard)
-    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2))).where(valid[..., None], pad_id)  # (B, H, T)
+def tailor_negatives(
+    fill,
+    match,
+    input_ids,
+    phrases,
+    captions,
+    *,
+    mask_id,
+    vocabulary_range,
+    pad_id=0,
+    maskings=20,
+    refills=20,
+    hard=31,
+    temperature=1.5,
+    probability=0.15,
+    truth_threshold=1.0,
+    writer_images=None,
+    masks=None,
+    chunk_size=512,
+    generator=None,
+):
+    """Writes the H hardest false sentences for each caption: mask, refill, filter, select.
+
+    fill, match, input_ids, phrases: see the top of the file and `mask_phrases`.
+    captions: (B, C, T'), all true captions of each image, padded with pad_id.
+    masks: (masked, labels) of `mask_phrases`, so that the masked-LM loss can share them; None =
+        drawn here. The other arguments: as above. hard is at most maskings * refills.
+    Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
+    equal none of `captions`; the others are all padding with labels of -1.
+    """
+    if masks is None:
+        masks = mask_phrases(
+            input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator
+        )
+    candidates = refill_masks(
+        fill,
+        *masks,
+        vocabulary_range,
+        refills=refills,
+        temperature=temperature,
+        truth_threshold=truth_threshold,
+        writer_images=writer_images,
+        chunk_size=chunk_size,
+        generator=generator,
+    )  # (B, N, T)
+    usable = drop_non_negatives(candidates, captions, pad_id)  # (B, N)
+    scores = score_candidates(match, candidates, usable, chunk_size)  # (B, N)
+    index, valid = select_hardest(scores, usable, hard)  # (B, H) each
+    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2)))
+    sentences = sentences.where(valid[..., None], pad_id)
     replaced = valid[..., None] & (sentences != input_ids[:, None])
     return Negatives(sentences, valid, torch.where(replaced, input_ids[:, None], -1))
 
-def _score_usable(match, candidates, usable, chunk_size):
-    """Matching logits (B, N) of the usable candidates; on a GPU of all, since to count the usable ones would halt it."""
-    (b, n), flat = usable.shape, candidates.flatten(0, 1)
-    pick = usable.flatten().nonzero()[:, 0] if flat.device.type == "cpu" else torch.arange(b * n, device=flat.device)
-    scores = [match(flat[chunk], chunk // n).float() for chunk in pick.split(chunk_size)]
-    return torch.zeros(b * n, device=flat.device).scatter(0, pick, torch.cat(scores)).view(b, n)
+
+# ---- phrases of a caption ----------------------------------------------------------------------
+
+# Tags: X in no phrase (articles, pronouns, auxiliaries, adverbs), P preposition, A frequent
+# adjective or number, V frequent verb form. Other words go by their ending; the rest are nouns.
+WORDS_OF_TAG = {
+    "X": """a all an another both each either few half her his its many more most much no other
+    others own same several some the their these this those my our your and as but how if or so
+    that though what when where while he here herself him himself i it itself me she someone
+    something them there they us we you which who ahead almost also apart away backwards forward
+    just not outdoors indoors overhead sideways still together too upside very well yet 're 's n't
+    am are be been being can do does has have had is may was were will would could""",
+    "P": """about above across after against along alongside among around at atop before behind
+    below beneath beside between by down during for from in inside into like near of off on onto
+    out outside over past through to toward towards under underneath up upon with within without""",
+    "A": """adult alone antique asian asleep assorted back big black blue blurry bottom bright
+    broken brown busy checkered clean clear cloudy colored colorful concrete crowded cute dark
+    different dirty double dry eight elderly empty fast female five flat four french fresh front
+    full furry giant gold grassy gray great green grey happy hard high hot huge large left light
+    little lone long low lush male middle military mini modern multi multiple narrow nearby new
+    next nice old older one open orange outdoor pink plain polar pretty purple ready red right
+    ripe rocky round sandy seated silver single six small snowy square striped sunny tall tan
+    three tiny top two various vintage wet white wide wild wooden yellow young""",
+    "V": """built catch caught come contain cover cut drawn drive eat eaten enjoy fall feature
+    fill fly get go hang held hold hung include jump laid lay lean lie lit look made make park
+    pass play pull ride run say see seen set show shown sit ski stand surf swing take taken talk
+    throw thrown try use wait walk watch wear worn""",
+}
+TAGS = {word: tag for tag, words in WORDS_OF_TAG.items() for word in words.split()}
+ARTICLES = ("a", "an", "the", "his", "her", "their", "its", "some")
+PARTICIPLE = re.compile(r"..(ing|.ed)$")
+LONG_PREPOSITION = re.compile(
+    r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to"
+    r"|(out|off|ahead) of|(in|out)side of|in between|(in|on) to|because of|away from)\b"
+)
+KINDS = {"N": "object", "A": "attribute", "V": "relation", "P": "relation"}
+
+
+def parse_phrases(words):
+    """Words -> [(type, [word positions])], in order, disjoint.
+
+    Objects are nouns with the nouns before them; attributes adjectives, numbers and participles,
+    each alone; relations verbs with their prepositions, and prepositions between objects. Other
+    words are never masked.
+    >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
+    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]
+    """
+    joined = join_hyphens(words)
+    words = [word for word, _ in joined]
+    tags = tag_words(words)
+    phrases = []
+    start = 0
+    while start < len(words):
+        tag, end = next_phrase(words, tags, start)
+        if tag in KINDS:
+            phrases.append((KINDS[tag], [n for _, part in joined[start:end] for n in part]))
+        start = end
+    return phrases
+
+
+def join_hyphens(words):
+    """Words joined by hyphens count as one -> [(word, [positions])], lower case."""
+    joined = []
+    for n, word in enumerate(words):
+        inside = 0 < n < len(words) - 1 and word == "-"
+        if inside or (n > 1 and words[n - 1] == "-"):
+            text, positions = joined[-1]
+            joined[-1] = (text + word.lower(), [*positions, n])
+        else:
+            joined.append((word.lower(), [n]))
+    return joined
+
+
+def tag_words(words):
+    """The tags of words in their context; behind the last one follow three X."""
+    tags = [tag_word(word) for word in words] + ["X", "X", "X"]
+    for n, word in enumerate(words):
+        before = tags[n - 1] if n > 0 else "P"
+        previous = words[n - 1] if n > 0 else ""
+        if tags[n] == "V":
+            tags[n] = tag_verb(word, previous, before, tags[n + 1])
+        elif tags[n] == "A" and tags[n + 1] in "PX":
+            if previous in ARTICLES or (n > 0 and before == "P"):
+                tags[n] = "N"  # the young
+    return tags
+
+
+def tag_word(word):
+    """The tag of a word by itself; of words with hyphens the last part decides."""
+    word = word.rsplit("-", 1)[-1] or word
+    if word in TAGS:
+        return TAGS[word]
+    if not any(char.isalpha() for char in word):
+        return "A" if word.isdigit() else "X"
+    stems = (word.removesuffix("s"), word.removesuffix("es"))
+    if PARTICIPLE.search(word) or any(TAGS.get(stem) == "V" for stem in stems):
+        return "V"
+    if word.endswith("ly"):
+        return "X"
+    return "A" if re.search(r"..(ful|less|ous|ish|[ai]ble|ive|ic|al)$", word) else "N"
+
+
+def tag_verb(word, previous, before, after):
+    """What seems a verb may be an adjective (a running dog) or a noun (a painting)."""
+    if previous in ARTICLES or before == "A":
+        return "A" if PARTICIPLE.search(word) and after == "N" else "N"
+    if before in "PX" and word.endswith("ed") and after == "N":
+        return "A"  # with crossed arms
+    if before == "N" and not PARTICIPLE.search(word) and word[-1] not in "sn":
+        return "V" if previous[-1] in "sn" else "N"  # a bus stop, but: dogs run
+    return "V"
+
+
+def next_phrase(words, tags, start):
+    """The tag of the phrase that begins at a word, and the word behind its end."""
+    end = start + preposition_length(words, tags, start)
+    if end > start:  # between objects: a man in a hat, a tool for cutting
+        return ("P" if stands_between(words, tags, start, end) else "X"), end
+    end = start + 1
+    if tags[start] == "N":
+        while tags[end] == "N":
+            end += 1
+    elif tags[start] == "V":
+        while words[end : end + 1] != ["to"] or tags[end + 1] != "V":  # wants | to eat
+            length = preposition_length(words, tags, end)
+            if length == 0:
+                break
+            end += length
+    return tags[start], end
+
+
+def preposition_length(words, tags, n):
+    """How many words from n on make a preposition: 0, 1 or more ("in front of")."""
+    several = LONG_PREPOSITION.match(" ".join(words[n : n + 4]))
+    if several:
+        return len(several[0].split())
+    return int(tags[n] == "P")
+
+
+def stands_between(words, tags, start, end):
+    """True if a preposition has an object before it, and behind it an object or a verb."""
+    while end < len(words) and tags[end] in "XA" and words[end] != ".":
+        end += 1
+    return "N" in tags[:start] and tags[end] in "NV"

@@ -1,6 +1,16 @@
-"""The training objective of TAGS-DC, one function a term: tensors in, a scalar out (METHOD 2-5).
-Letters: B pairs, H negatives of a pair, T text positions, V vocabulary.
-Every mask says True = real / usable; every label -1 = no target here. A term without any target is 0 and passes a zero gradient."""
+"""The training objective of TAGS-DC (section 3 of the paper), one function a term.
+
+    L = L_hard + a * L_tags + b * L_mlm + c * L_wod + d * L_woc
+
+Letters: P pairs of a pool, the first B of them the anchors, H negatives of an anchor, M maskings
+of its caption, T text positions, V words of the vocabulary, q masked words of the whole batch.
+Every mask: True = real / usable. Every label: -1 = no target here. s(I, T) is the sigmoid of a
+matching logit; [x]+ is max(x, 0). A term without any target is 0 and passes a zero gradient.
+
+`count`, an argument of every term, is what its sum is divided by; None is the number of its own
+usable entries. Only `joint_count`, which `Objective` calls, talks to other processes.
+"""
+
 import math
 
 import torch
@@ -9,46 +19,212 @@ import torch.nn.functional as F
 
 FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 before the logarithm
 
-def masked_mean(values, valid):
-    """Mean of `values` where `valid` (bool, same shape), a scalar; 0 if nothing is valid. Among several processes the sum is divided by
-    the mean count of all, so that the average of their gradients is that of the joint batch, however unevenly the valid entries lie."""
-    total, processes = valid.sum().float(), 1
-    if dist.is_available() and dist.is_initialized():
-        processes = dist.get_world_size()
-        dist.all_reduce(total)
-    return torch.where(valid, values, 0.0).sum() * processes / total.clamp(min=1)
 
-def triplet_loss(positive, negatives, margin=0.2, valid=None):
-    """mean [margin + s(negative) - s(positive)]+ over all usable negatives, not only the hardest (METHOD 2 and 3.5).
-    positive: (B,) float, matching scores in [0, 1] (sigmoid) of the true pairs.  negatives: (B, H) float, those that must lie `margin` below.
-    valid: (B, H) bool, None = all are usable.  Agrees with the official rank loss. Raises ValueError when the shapes do not fit."""
+def masked_mean(values, valid, count=None):
+    """(sum of the valid values) / count, a scalar; whatever is not valid may be NaN.
+
+    values: (...) float. valid: (...) bool. count: scalar, None = how many are valid, at least 1.
+    """
+    if values.shape != valid.shape:
+        raise ValueError(f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}")
+    if count is None:
+        count = valid.sum().clamp(min=1)
+    return torch.where(valid, values, 0.0).sum() / count
+
+
+def triplet_loss(positive, negatives, margin=0.2, valid=None, count=None):
+    """L_hard, L_tags (3.2, 3.3): mean of [margin + s(negative) - s(positive)]+ over all negatives.
+
+    positive: (B,) float, matching scores of the true pairs, in 0..1.
+    negatives: (B, H) float, the scores that must lie `margin` below.
+    valid: (B, H) bool, None = all are usable.
+    Raises ValueError when the shapes do not fit.
+    """
     if positive.dim() != 1 or negatives.dim() != 2 or negatives.size(0) != positive.size(0):
-        raise ValueError(f"positive must be (B,) and negatives (B, H), got {tuple(positive.shape)} and {tuple(negatives.shape)}")
+        shapes = f"{tuple(positive.shape)} and {tuple(negatives.shape)}"
+        raise ValueError(f"positive must be (B,) and negatives (B, H), got {shapes}")
+    if valid is None:
+        valid = torch.ones_like(negatives, dtype=torch.bool)
     hinge = (margin + negatives.float() - positive.float()[:, None]).clamp(min=0)  # (B, H)
-    return masked_mean(hinge, torch.ones_like(hinge, dtype=torch.bool) if valid is None else valid)
+    return masked_mean(hinge, valid, count)
 
-def matching_loss(logits, matches):
-    """Binary cross-entropy of matching logits (...) with float labels (...), 1 = true pair (UNITER's ITM, one output)."""
+
+def matching_loss(logits, matches, valid=None, count=None):
+    """Warm-up (UNITER's matching): mean of -log s for true pairs and -log(1 - s) for wrong ones.
+
+    logits: (N,) float. matches: (N,) bool or float, 1 = true pair. valid: (N,) bool, None = all.
+    """
+    if valid is None:
+        valid = torch.ones_like(logits, dtype=torch.bool)
     cost = F.binary_cross_entropy_with_logits(logits.float(), matches.float(), reduction="none")
-    return masked_mean(cost, torch.ones_like(cost, dtype=torch.bool))
+    return masked_mean(cost, valid, count)
 
-def masked_lm_loss(logits, labels):
-    """Cross-entropy of the MLM head at the masked positions (METHOD 3.5), a mean over them.
-    logits: (..., V) float, of all positions or the masked alone; labels: (...) long, the original word or -1 where nothing was masked."""
-    cost = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-1, reduction="none")
-    return masked_mean(cost, labels.flatten() >= 0)
 
-def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11):
-    """Which words were replaced? Weighted cross-entropy over every text position (METHOD 4).
-    logits: (B, T, 2) float, class 1 = original, 0 = replaced.  replaced: (B, T) bool.  text_mask: (B, T) bool.  Few words are replaced: those
-    weigh 1, original ones `original_weight`. Divides by the number of positions ([CLS], [SEP] too), not by the weight sum, as officially."""
+def masked_lm_loss(logits, labels, count=None):
+    """L_mlm (3.3): mean of -log p(original word) over the masked positions.
+
+    logits: (..., V) float, of all positions or of the masked alone.
+    labels: (...) long, the original word where it was masked, -1 elsewhere.
+    """
+    labels = labels.flatten()
+    cost = F.cross_entropy(logits.float().flatten(0, -2), labels, ignore_index=-1, reduction="none")
+    return masked_mean(cost, labels >= 0, count)
+
+
+def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11, count=None):
+    """L_wod (3.4): mean of -log p(replaced) where a word was replaced, and of
+    -original_weight * log p(original) at all other real positions.
+
+    Few words are replaced, hence the weight. As in the official code the sum is divided by the
+    number of real positions ([CLS] and [SEP] too), not by that of the weights, and p >= 1e-10.
+
+    logits: (B, T, 2) float, class 1 = original, 0 = replaced.
+    replaced: (B, T) bool. text_mask: (B, T) bool.
+    """
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
-    return masked_mean(cost, text_mask)
+    return masked_mean(cost, text_mask, count)
 
-def word_correction_loss(logits, labels):
-    """Cross-entropy of the correction head with the original words (METHOD 4).
-    logits: (..., V) float; labels: (...) long, the original word or -1 where there is nothing to correct.
-    Returns the mean over labelled positions, probabilities floored at 1e-10 as in the official code (no gradient below)."""
-    log_p = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (...)
-    return masked_mean(-log_p.clamp(min=FLOOR), labels >= 0)
+
+def word_correction_loss(logits, labels, count=None):
+    """L_woc (3.4): mean of -log p(original word) over the replaced positions.
+
+    As in the official code p >= 1e-10, and below there is no gradient.
+
+    logits: (..., V) float. labels: (...) long, the original word, -1 = nothing to correct.
+    """
+    log_p = logits.float().log_softmax(-1)  # (..., V)
+    log_p = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (...)
+    return masked_mean(-log_p.clamp(min=FLOOR), labels >= 0, count)
+
+
+# ---- all terms of a batch ----------------------------------------------------------------------
+
+
+def joint_count(valid):
+    """How many entries are valid, a mean over the processes; None if there is only one.
+
+    A term divided by it has, averaged over the processes, the gradient of their joint batch,
+    however unevenly the valid entries lie. Every process must call it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    total = valid.sum().float()
+    dist.all_reduce(total)
+    return total.clamp(min=1) / dist.get_world_size()
+
+
+class Objective(torch.nn.Module):
+    """All losses of one batch in one forward call, as a data-parallel wrapper wants it."""
+
+    def __init__(self, model, pad_id, margin, original_weight=0.11):
+        super().__init__()
+        self.model = model
+        self.pad_id = pad_id
+        self.margin = margin
+        self.original_weight = original_weight
+
+    def forward(self, batch, weights, retrieved, negatives):
+        """The terms of L (3.5).
+
+        batch: input_ids (P, T), features, boxes and region_mask of P images; masked (B, M, T),
+            places (q,) flat positions in it, targets (q,) the words there. For "itm" also
+            wrong_images and wrong_texts (B,), indices into the pool, and wrong_valid (B,) bool,
+            False where they are true after all (a batch of one, an equal caption).
+        weights: {term: weight}; a term that is not in it costs nothing.
+        retrieved: for "hard", images and captions, (index (B, H), valid (B, H) bool) each.
+        negatives: `generate.Negatives` of the anchors or None; it goes with "hard".
+        Returns {term: scalar} and {diagnostic: scalar}.
+        """
+        texts = self.prepare(batch["input_ids"])
+        images = self.model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+        anchor_images = images.first(len(batch["masked"]))
+        terms = {}
+        diagnostics = {}
+        if "itm" in weights:
+            terms["itm"] = self.matching(texts, images, batch)
+        if "hard" in weights:
+            positive, diagnostics = self.against_retrieved(texts, images, *retrieved)
+            terms["hard"] = diagnostics["hard_image"] + diagnostics["hard_text"]
+        if negatives is not None:
+            written, scores = self.against_written(anchor_images, positive, negatives, weights)
+            terms |= written
+            diagnostics |= scores
+        if "mlm" in weights:
+            terms["mlm"] = self.masked_lm(anchor_images, batch)
+        return terms, diagnostics
+
+    def prepare(self, input_ids):
+        return self.model.prepare_text(input_ids, input_ids != self.pad_id)
+
+    def triplet(self, positive, negatives, valid):
+        return triplet_loss(positive, negatives, self.margin, valid, joint_count(valid))
+
+    def matching(self, texts, images, batch):
+        """The true pair, one wrong caption and one wrong image of each anchor."""
+        B = len(batch["masked"])
+        row = torch.arange(B, device=batch["masked"].device)
+        text_index = torch.cat((row, batch["wrong_texts"], row))
+        image_index = torch.cat((row, row, batch["wrong_images"]))
+        logits = self.model.score_pairs(texts, text_index, images, image_index)  # (3B,)
+        wrong = batch["wrong_valid"]
+        valid = torch.cat((torch.ones_like(wrong), wrong, wrong))
+        matches = torch.arange(3 * B, device=row.device) < B
+        return matching_loss(logits, matches, valid, joint_count(valid))
+
+    def against_retrieved(self, texts, images, hard_images, hard_texts):
+        """Scores (B,) of the true pairs, and the triplet losses against retrieved negatives."""
+        image_index, image_valid = hard_images  # (B, H) each
+        text_index, text_valid = hard_texts
+        B, H = image_index.shape
+        row = torch.arange(B, device=image_index.device)
+        anchor = row.repeat_interleave(H)  # (B * H,)
+
+        # The true pairs, each caption with its hard images, each image with its hard captions.
+        text_index = torch.cat((row, anchor, text_index.flatten()))
+        image_index = torch.cat((row, image_index.flatten(), anchor))
+        scores = self.model.score_pairs(texts, text_index, images, image_index).sigmoid()
+        positive = scores[:B]
+        false_images, false_texts = scores[B:].view(2, B, H)
+        diagnostics = {
+            "hard_image": self.triplet(positive, false_images, image_valid),
+            "hard_text": self.triplet(positive, false_texts, text_valid),
+            "positive": positive.mean(),
+            "retrieved": masked_mean(false_texts, text_valid, joint_count(text_valid)),
+        }
+        return positive, diagnostics
+
+    def against_written(self, images, positive, negatives, weights):
+        """Triplet loss, word discrimination and word correction on generated sentences."""
+        sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
+        B, H, T = sentences.shape
+        flat = sentences.flatten(0, 1)  # (B * H, T)
+        text_mask = flat != self.pad_id
+        labels = labels.flatten(0, 1)
+        row = torch.arange(B * H, device=flat.device)
+        hidden = self.model.encode_pairs(self.prepare(flat), row, images, row // H)
+        words = hidden[:, :T]
+        scores = self.model.match(hidden).sigmoid().view(B, H)
+        mean_score = masked_mean(scores, valid, joint_count(valid))
+        diagnostics = {"synthetic": mean_score, "kept": valid.float().mean()}
+        terms = {}
+        if "tags" in weights:
+            terms["tags"] = self.triplet(positive, scores, valid)
+        if "wod" in weights:
+            logits = self.model.discriminate(words)
+            terms["wod"] = word_discrimination_loss(
+                logits, labels >= 0, text_mask, self.original_weight, joint_count(text_mask)
+            )
+        if "woc" in weights:
+            count = joint_count(labels >= 0)
+            terms["woc"] = word_correction_loss(self.model.correct(words), labels, count)
+        return terms, diagnostics
+
+    def masked_lm(self, images, batch):
+        """The masked words of the anchors, each looking at its own picture."""
+        B, M, T = batch["masked"].shape
+        texts = self.prepare(batch["masked"].flatten(0, 1))  # of (B * M, T)
+        row = torch.arange(B * M, device=batch["masked"].device)
+        hidden = self.model.encode_places(texts, row, images, row // M, batch["places"])  # (q, D)
+        targets = batch["targets"]  # (q,), -1 where the list is padded
+        return masked_lm_loss(self.model.fill(hidden), targets, joint_count(targets >= 0))

@@ -1,8 +1,17 @@
-"""TAGS-DC from one command: train, evaluate, search (see README.md).
-Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text positions, R regions, M maskings,
-K refills, H kept negatives, C captions of an image, V vocabulary. Every mask: True = real / usable."""
+"""TAGS-DC from one command: train, evaluate, search, study (see README.md).
+
+Reading order: training_step, Trainer.train_phase, run; the options come first because every
+default stands there, and only there.
+
+Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text
+positions, R regions, M maskings, K refills, H kept negatives, C captions of an image, q masked
+words of all anchors. Every mask: True = real / usable.
+"""
+
 import argparse
-import itertools
+import contextlib
+import copy
+import csv
 import json
 import math
 import os
@@ -16,583 +25,1294 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
 import evaluate
 import generate
 import losses
-from model import PRESETS, Config, TagsDC
+from model import PRESETS, Config, TagsDC, autocast, fast_dtype
 
-# The schedules of the official release (METHOD 5), one stage each; what a row leaves out is in RELEASE.
-RELEASE = dict(batch_size=32, pool=399, hard=31, maskings=20, refills=20, temperature=1.5, truth_threshold=1.0, margin=0.2, dropout=0.1,
-               lambda_wod=5e-4, lambda_woc=5e-4, score_batch=2048, recompute=True)
-RECIPES = {name: RELEASE | dict(size=name.split("-")[1], phases=["dc=1" if name.endswith("2") else "tags=1"], **changes) for name, changes in {
-    "coco-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-5, lambda_mlm=0.01),
-    "coco-base-2": dict(dc_lr=1e-5, steps=1500, lambda_tags=1e-4, lambda_mlm=0.05),
-    "coco-large-1": dict(lr=4e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
-    "coco-large-2": dict(dc_lr=1e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05),
-    "flickr-base-1": dict(lr=5e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.05, temperature=2.0, batch_size=16),
-    "flickr-base-2": dict(dc_lr=1e-5, steps=5000, lambda_tags=5e-4, lambda_mlm=0.1),
-    "flickr-large-1": dict(lr=5e-5, steps=5000, lambda_tags=1e-3, lambda_mlm=0.05, hard=23),
-    "flickr-large-2": dict(dc_lr=1e-5, steps=1500, lambda_tags=1e-3, lambda_mlm=0.05, hard=23)}.items()}
-PHASES = {"warmup": ("itm", "mlm"), "tags": ("hard", "mlm", "tags"), "dc": ("hard", "mlm", "tags", "wod", "woc")}
+# ---- options -----------------------------------------------------------------------------------
+
+OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scenes on a CPU
+    "what to do": [
+        ("eval", None, "evaluate this checkpoint instead of training"),
+        ("checkpoint", None, "checkpoint for --query and --image"),
+        ("query", None, "find the test images that a sentence describes best"),
+        ("image", None, "find the test captions that describe an image best"),
+        ("probe", [], "fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files"),
+        ("resume", False, "go on with the interrupted run in --out"),
+        ("quick", False, "everything in miniature, to see that it works"),
+    ],
+    "data": [
+        ("data", "scenes", "scenes, coco, flickr30k, flickr8k, or a JSON of Karpathy's form"),
+        ("root", None, "folder of the captions and region features"),
+        ("features", None, "file or folder of the region features, if not under --root"),
+        ("phrases", None, "JSON with the phrases of the captions, instead of the parser"),
+        ("skip-bad", False, "leave out unusable images and captions, and count them"),
+        ("scenes", [5000, 500, 500], "images in train, val and test of the embedded world"),
+    ],
+    "model": [
+        ("size", "tiny", "of the network (paper: base, large)"),
+        ("init", None, "start from our checkpoint or official UNITER weights, without warm-up"),
+        ("heads", 0, "attention heads of --init weights; 0: they are 64 wide"),
+        ("dropout", 0.0, "paper: 0.1"),
+    ],
+    "training": [
+        ("recipe", None, "a schedule of the official release, in place of these defaults"),
+        ("steps", 3500, "optimiser steps in all; the phases share them"),
+        ("phases", ["warmup=5", "tags=1.5", "dc=0.5"], "phases and their shares of --steps"),
+        ("batch-size", 16, "anchor pairs a step (paper: 32 on each of 8 GPUs)"),
+        ("warmup-batch-size", 32, "pairs a step of the warm-up"),
+        ("wrong-partners", 7, "pairs among which the warm-up draws a hard wrong one"),
+        ("words-first", 0.8, "share of the warm-up that learns words (MLM) alone"),
+        ("mask-probability", 0.15, "of a phrase, for the negatives"),
+        ("warmup-mask-probability", 0.3, "of a phrase, in the warm-up"),
+        ("accumulate", 1, "batches whose gradients make one optimiser step"),
+        ("recompute", False, "recompute activations: less memory, a third more work"),
+        ("warmup-lr", 1e-3, "peak learning rate of the warm-up"),
+        ("lr", 6e-4, "peak learning rate of the tags phase (paper: 5e-5)"),
+        ("dc-lr", 2e-4, "peak learning rate of the dc phase (paper: 1e-5)"),
+    ],
+    "negatives": [
+        ("pool", 32, "pairs among which hard negatives are retrieved (paper: 399)"),
+        ("hard", 4, "negatives kept of each kind (paper: 31)"),
+        ("maskings", 4, "maskings of each caption (paper: 20)"),
+        ("refills", 4, "refills of each masking (paper: 20)"),
+        ("temperature", 1.0, "of the refilling (paper: 1.5)"),
+        ("writer-sees", "other", "own picture (the paper) or another one of the batch"),
+        ("truth-threshold", 0.1, "likelier words are taken for true, not refilled (paper: 1, off)"),
+        ("frozen-writer", False, "the writer keeps the weights that the tags phase begins with"),
+    ],
+    "objective": [
+        ("margin", 0.2, "of the triplet losses"),
+        ("lambda-tags", 0.3, "weight of the synthetic triplet loss (paper: 5e-5 to 1e-3)"),
+        ("lambda-mlm", 0.2, "weight of masked LM (paper: 0.01 to 0.1)"),
+        ("lambda-wod", 0.2, "weight of word discrimination (paper: 5e-4)"),
+        ("lambda-woc", 0.05, "weight of word correction (paper: 5e-4)"),
+        ("original-weight", 0.11, "of original words in word discrimination"),
+    ],
+    "run": [
+        ("out", None, "run directory (default: runs/ and the name of the data)"),
+        ("seed", 0, "of everything random"),
+        ("device", "auto", "where to compute"),
+        ("dtype", "auto", "float32, bfloat16 (autocast) or auto: what the hardware does fast"),
+        ("log-every", 50, "steps between two lines of the log; --resume goes on from the last"),
+        ("validations", 4, "validations in a phase"),
+        ("val-images", 100, "images of val that a validation looks at"),
+        ("analyse-images", 200, "test images whose generated negatives are analysed"),
+        ("score-batch", 128, "pairs in one pass without gradient (a GPU likes 2048)"),
+        ("save-scores", False, "keep the test score matrix as scores.npy"),
+    ],
+}
+DEFAULTS = {
+    name.replace("-", "_"): default for group in OPTIONS.values() for name, default, _ in group
+}
+
+# The schedules of the official release: one stage each, over what all of them share.
+RELEASE = dict(
+    batch_size=32,
+    pool=399,
+    hard=31,
+    maskings=20,
+    refills=20,
+    temperature=1.5,
+    writer_sees="own",
+    truth_threshold=1.0,
+    dropout=0.1,
+    lambda_wod=5e-4,
+    lambda_woc=5e-4,
+    score_batch=2048,
+    recompute=True,
+)
+STAGE_1 = dict(RELEASE, phases=["tags=1"], steps=5000, lr=5e-5)
+STAGE_2 = dict(RELEASE, phases=["dc=1"], steps=5000, dc_lr=1e-5)
+BASE_1 = dict(STAGE_1, size="base")
+BASE_2 = dict(STAGE_2, size="base")
+LARGE_1 = dict(STAGE_1, size="large", lambda_tags=1e-3, lambda_mlm=0.05, hard=23)
+LARGE_2 = dict(STAGE_2, size="large", lambda_tags=1e-3, lambda_mlm=0.05)
+RECIPES = {
+    "coco-base-1": dict(BASE_1, lambda_tags=5e-5, lambda_mlm=0.01),
+    "coco-base-2": dict(BASE_2, lambda_tags=1e-4, lambda_mlm=0.05, steps=1500),
+    "coco-large-1": dict(LARGE_1, lr=4e-5),
+    "coco-large-2": LARGE_2,
+    "flickr-base-1": dict(
+        BASE_1, lambda_tags=5e-4, lambda_mlm=0.05, temperature=2.0, batch_size=16
+    ),
+    "flickr-base-2": dict(BASE_2, lambda_tags=5e-4, lambda_mlm=0.1),
+    "flickr-large-1": LARGE_1,
+    "flickr-large-2": dict(LARGE_2, hard=23, steps=1500),
+}
+QUICK = dict(
+    scenes=[400, 50, 50],
+    steps=120,
+    phases=["warmup=2", "tags=1", "dc=1"],
+    warmup_batch_size=16,
+    analyse_images=30,
+    log_every=20,
+)
+CHOICES = {
+    "size": PRESETS,
+    "recipe": RECIPES,
+    "writer-sees": ("own", "other"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+
+# What a call says of itself; everything else belongs to the run and comes back with it.
+OF_THIS_CALL = ("eval", "checkpoint", "query", "image", "resume", "out")
+# What may be another in an evaluation, or when an interrupted run goes on.
+MAY_CHANGE = ("device", "probe", "save_scores", "score_batch", "analyse_images", "steps")
+
+
+def make_parser():
+    """The table of options as an argparse parser that returns only what was given.
+
+    The type of an option is that of its default: a bool is a switch, a list takes several values,
+    None is a text that may be missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tagsdc.py",
+        description="TAGS-DC: image-text retrieval with tailored synthetic negatives.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, default, text in options:
+            if default is None or default == []:
+                help_text = text
+            else:
+                help_text = f"{text} (default: {default})"
+            if isinstance(default, bool):
+                switch = argparse.BooleanOptionalAction
+                group.add_argument(f"--{name}", action=switch, help=help_text)
+            elif isinstance(default, list):
+                kind = type(default[0]) if default else str
+                group.add_argument(f"--{name}", nargs="+", type=kind, help=help_text)
+            else:
+                kind = str if default is None else type(default)
+                choices = CHOICES.get(name)
+                group.add_argument(f"--{name}", type=kind, choices=choices, help=help_text)
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The command line, laid over the recipe, --quick, or what a checkpoint was trained with."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    values = DEFAULTS | RECIPES.get(given.get("recipe"), {})
+    if given.get("quick"):
+        values |= QUICK
+    name = Path(given.get("data", "scenes")).stem.removeprefix("dataset_")
+    values["out"] = f"runs/{name}"
+    source = given.get("eval") or given.get("checkpoint")
+    if given.get("resume"):
+        values |= resumed_arguments(parser, given, Path(given.get("out", values["out"])))
+    elif source:
+        values |= checkpoint_arguments(given, Path(source))
+    args = argparse.Namespace(**values | given)
+    check_arguments(parser, args)
+    return args
+
+
+def checkpoint_arguments(given, path):
+    """The arguments that a checkpoint was trained with, as far as they are not of one call.
+
+    Another data set leaves behind where the old one lay. Pictures go beside the checkpoint,
+    unless nothing can be written there.
+    """
+    values = own_arguments(load_checkpoint(path, own=True)["arguments"])
+    forgotten = ["device", "probe", "save_scores"]
+    if "data" in given:
+        forgotten += ["root", "features", "phrases", "skip_bad"]
+    for name in forgotten:
+        values.pop(name, None)
+    if os.access(path.parent, os.W_OK):
+        values["out"] = str(path.parent)
+    return values
+
+
+def resumed_arguments(parser, given, out):
+    """The arguments that the run in `out` began with; an option that would change it is refused."""
+    saved = own_arguments(datasets.read_json(out / "run.json")["arguments"])
+    for name, value in given.items():
+        if value != saved.get(name, value) and name not in MAY_CHANGE:
+            option = name.replace("_", "-")
+            parser.error(
+                f"--resume: the run in {out} has --{option} {saved[name]}, not {value}; leave the"
+                " option out, or begin a new run in another --out"
+            )
+    if given.get("steps", math.inf) < saved["steps"]:
+        parser.error(f"--resume --steps {given['steps']}: it had {saved['steps']}; give as many")
+    return saved
+
+
+def own_arguments(saved):
+    """Saved arguments that this program knows and that are not of one call."""
+    return {name: saved[name] for name in saved if name in DEFAULTS and name not in OF_THIS_CALL}
+
+
+def check_arguments(parser, args):
+    """Refuses what cannot work, in one line."""
+    check_numbers(parser, args)
+    check_files(parser, args)
+    for phase in args.phases:
+        if not re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase):
+            names = ", ".join(PHASES)
+            parser.error(f"--phases {phase}: NAME=SHARE wanted, a share above 0, of {names}")
+    if args.hard > args.maskings * args.refills:
+        parser.error(f"--hard {args.hard} exceeds --maskings times --refills, the candidates")
+    if args.pool < args.batch_size:
+        parser.error(f"--pool {args.pool} is smaller than --batch-size: it holds the anchors")
+    if bool(args.query or args.image) != bool(args.checkpoint):
+        parser.error("--query or --image and --checkpoint (runs/scenes/best.pt) go together")
+    if args.init and not args.resume and not planned_steps(args):
+        parser.error("--init goes without a warm-up, and --phases names no other phase")
+    if args.heads and not args.init:
+        parser.error("--heads goes with --init: the sizes of a new network come from --size")
+
+
+def check_numbers(parser, args):
+    """Every number is finite and in its range."""
+    may_be_zero = ("dropout", "heads", "seed", "words_first", "original_weight")
+    shares = ("words_first", "mask_probability", "warmup_mask_probability", "truth_threshold")
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')} {value}"
+        if type(value) not in (int, float):
+            continue
+        if not math.isfinite(value) or value < 0:
+            parser.error(f"{option}: a number of at least 0 is wanted")
+        if value == 0 and name not in may_be_zero and not name.startswith("lambda_"):
+            parser.error(f"{option}: must be above 0")
+        if value > 1 and name in shares:
+            parser.error(f"{option}: a share, at most 1, is wanted")
+    if args.dropout >= 1:
+        parser.error(f"--dropout {args.dropout}: must be below 1")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: must be below 2 to the power of 32")
+    if len(args.scenes) != 3 or min(args.scenes) < 1:
+        parser.error(f"--scenes {args.scenes}: images of train, val and test, one each at least")
+
+
+def check_files(parser, args):
+    """Every file that is named is there."""
+    init = None if args.resume or args.eval or args.checkpoint else args.init
+    for path in (args.phrases, init, *args.probe):
+        if path and not Path(path).is_file():
+            parser.error(f"{path}: no such file")
+
+
+# ---- one training step -------------------------------------------------------------------------
+
+# warmup replaces the pre-trained UNITER of the paper, and is left out with --init. tags adds the
+# negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
+PHASES = {  # the terms of the objective in each phase
+    "warmup": ("itm", "mlm"),
+    "tags": ("hard", "mlm", "tags"),
+    "dc": ("hard", "mlm", "tags", "wod", "woc"),
+}
 SYNTHETIC = {"tags", "wod", "woc"}  # the terms that need generated negatives
 
-# ---- one training step -----------------------------------------------------------------------------------------------
+
 def draw_pairs(split, count, rng):
-    """`count` different images of a split, and a caption of each: (P,) long indices of captions."""
+    """`count` different images of a split, and one caption of each: (P,) indices of captions."""
     images = torch.randperm(len(split.images), generator=rng)[:count]
-    first, end = (torch.searchsorted(split.image_of_caption, images, right=right) for right in (False, True))
+    first = torch.searchsorted(split.image_of_caption, images)
+    end = torch.searchsorted(split.image_of_caption, images, right=True)
     return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
 
+
 def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
-    """Tensors of P pairs, their captions given by index, the first B of them the anchors that are also masked. All that is random is
-    drawn on the CPU by rng, so that no size need be asked of a GPU. Returns a dict of tensors on `device`: input_ids (P, T),
-    anchor_ids (B, T), own (P, C, T') all true captions of each image, features (P, R, F), boxes (P, R, 7), region_mask (P, R),
-    masked (B, M, T); and labels (B, M, T), which stays on the CPU."""
-    images, phrases = data.splits[split].image_of_caption[captions], data.phrases(split, captions[:anchors])
+    """Tensors of P pairs, their captions given by index; the first B of them are the anchors.
+
+    All that is random is drawn on the CPU, so that no size need be asked of a GPU.
+    Returns a dict of tensors on the device: input_ids (P, T), own (P, C, T') all true captions of
+    each image, features (P, R, F), boxes (P, R, 7), region_mask (P, R); of the anchors masked
+    (B, M, T), and of their masked words places (q,), flat positions in it, and targets (q,), the
+    original words. And labels (B, M, T), which stays on the CPU.
+    """
+    images = data.splits[split].image_of_caption[captions]
     input_ids = data.text(split, captions)
-    anchor_ids = input_ids[:anchors, :phrases.size(2)]
-    masked, labels = generate.mask_phrases(anchor_ids, phrases, data.tokenizer.mask_id, data.tokenizer.word_range, maskings, probability, rng)
-    batch = dict(zip(("features", "boxes", "region_mask"), data.image(split, images)), input_ids=input_ids, anchor_ids=anchor_ids,
-                 own=data.own_captions(split, images), masked=masked)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"labels": labels}
+    phrases = data.phrases(split, captions[:anchors])
+    masked, labels = generate.mask_phrases(
+        input_ids[:anchors, : phrases.size(2)],
+        phrases,
+        data.tokenizer.mask_id,
+        data.tokenizer.word_range,
+        maskings,
+        probability,
+        rng,
+    )
+    places = (labels.flatten() >= 0).nonzero()[:, 0]  # (q,)
+    targets = labels.flatten()[places]
+    # In hundreds, since a CPU makes a bfloat16 kernel anew for each number of words.
+    padding = -len(places) % 128
+    features, boxes, region_mask = data.image(split, images)
+    batch = {
+        "input_ids": input_ids,
+        "own": data.own_captions(split, images),
+        "features": features,
+        "boxes": boxes,
+        "region_mask": region_mask,
+        "masked": masked,
+        "places": F.pad(places, (0, padding)),
+        "targets": F.pad(targets, (0, padding), value=-1),
+    }
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return batch | {"labels": labels}
 
-def retrieve_negatives(model, texts, images, batch, args):
-    """The H hardest images of the pool for each anchor caption, and captions for each anchor image (METHOD 2): index (B, H) long into the
-    pool and valid (B, H) bool of each. A caption that equals one of an image's own is never its negative, nor the image the caption's."""
-    b, p, ids, own = len(batch["anchor_ids"]), len(batch["input_ids"]), batch["input_ids"], batch["own"]
-    pool, rest = torch.arange(p, device=ids.device), torch.arange(b, p, device=ids.device)  # the anchors meet each other once
-    scores = model.score_pairs(texts, torch.cat((pool[:b].repeat_interleave(p), rest.repeat_interleave(b))),
-                               images, torch.cat((pool.repeat(b), pool[:b].repeat(p - b))), args.score_batch)
-    image_scores = scores[:b * p].view(b, p)                                        # (B, P)
-    text_scores = torch.cat((image_scores[:, :b], scores[b * p:].view(p - b, b))).T  # (B, P)
-    false_images = ~generate.is_true(ids[:b].expand(p, b, -1), own).T               # (B, P)
-    false_texts = ~generate.is_true(ids.expand(b, p, -1), own[:b])                  # (B, P)
-    return tuple(generate.select_hardest(*each, min(args.hard, p)) for each in ((image_scores, false_images), (text_scores, false_texts)))
 
-def write_negatives(model, images, batch, tokenizer, args, rng):
-    """`generate.tailor_negatives` for the anchors of a batch, this model's heads over prepared images being its fill and match."""
-    pad, b = tokenizer.pad_id, len(batch["anchor_ids"])
+def draw_wrong_partners(model, texts, images, batch, count, rng):
+    """For each pair of a batch the image and the caption of another pair, for matching.
 
-    def pairs(ids, image_index):
-        return model.prepare_text(ids, ids != pad), torch.arange(len(ids), device=ids.device), images, image_index
+    They are drawn among the `count` pairs behind (images) and before (captions) it, the likelier
+    the higher they score, as ALBEF draws them: random ones teach little but the last noun.
+    Returns wrong_images, wrong_texts (B,) and wrong_valid (B,), False where they are true.
+    """
+    ids = batch["input_ids"]  # (B, T)
+    own = batch["own"]  # (B, C, T')
+    B = len(ids)
+    row = torch.arange(B, device=ids.device)
+    step = torch.arange(1, max(min(count, B - 1), 1) + 1, device=ids.device)  # (K,)
+    behind = (row[:, None] + step) % B  # (B, K)
+    before = (row[:, None] - step) % B
+    K = len(step)
 
-    def fill(ids, image_index):  # (n, T) -> (n, T, D); `project` makes words of the masked positions alone
-        return model.encode_pairs(*pairs(ids, image_index))[:, :ids.size(1)]
+    # Caption b with the image k steps behind it; so image b with the caption k steps before it.
+    scores = model.score_pairs(texts, row.repeat_interleave(K), images, behind.flatten())
+    image_scores = scores.view(B, K)
+    text_scores = image_scores[before, step - 1]
+    sentences = ids.repeat_interleave(K, 0)[:, None]  # (B * K, 1, T)
+    false_images = ~generate.is_true(sentences, own[behind.flatten()]).view(B, K)
+    false_texts = ~generate.is_true(ids[before], own)  # (B, K)
+    image = draw_by_score(image_scores, false_images, rng)
+    text = draw_by_score(text_scores, false_texts, rng)
+    return {
+        "wrong_images": behind.gather(1, image)[:, 0],
+        "wrong_texts": before.gather(1, text)[:, 0],
+        "wrong_valid": false_images.any(1) & false_texts.any(1),
+    }
 
-    def match(ids, image_index):  # (n, T) -> (n,)
-        return model.score_pairs(*pairs(ids, image_index))
+
+def draw_by_score(scores, valid, rng):
+    """One column of each row, drawn from the softmax of the valid scores: (B, K) -> (B, 1).
+
+    The largest score plus Gumbel noise is such a draw, and a GPU makes it without a halt."""
+    noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=rng).log()
+    return (scores - noise).masked_fill(~valid, -math.inf).argmax(1, keepdim=True)
+
+
+def retrieve_negatives(model, texts, images, batch, hard, score_batch):
+    """The H hardest images of the pool for each anchor caption, and captions for each anchor
+    image (section 3.2): (index, valid) twice, (B, H) each.
+
+    A caption that equals one of an image's own is never its negative, nor the image the caption's.
+    """
+    ids = batch["input_ids"]
+    own = batch["own"]
+    P = len(ids)
+    B = len(batch["masked"])
+    anchors = torch.arange(B, device=ids.device)
+    pool = torch.arange(P, device=ids.device)
+    rest = pool[B:]
+
+    # Every anchor caption with every image, then the other captions with the anchor images; the
+    # anchors meet each other once.
+    text_index = torch.cat((anchors.repeat_interleave(P), rest.repeat_interleave(B)))
+    image_index = torch.cat((pool.repeat(B), anchors.repeat(P - B)))
+    scores = model.score_pairs(texts, text_index, images, image_index, score_batch)
+    image_scores = scores[: B * P].view(B, P)
+    text_scores = torch.cat((image_scores[:, :B], scores[B * P :].view(P - B, B))).T  # (B, P)
+
+    false_images = ~generate.is_true(ids[:B].expand(P, B, -1), own).T  # (B, P)
+    false_texts = ~generate.is_true(ids.expand(B, P, -1), own[:B])  # (B, P)
+    hard_images = generate.select_hardest(image_scores, false_images, min(hard, P))
+    hard_texts = generate.select_hardest(text_scores, false_texts, min(hard, P))
+    return hard_images, hard_texts
+
+
+def heads_over(model, images, pad_id):
+    """The model's masked-LM and matching heads over prepared images: the fill and match that
+    generate.py asks for."""
+
+    def fill(ids, image_index, places):  # (n, T), (n,), (q,) -> (q, V)
+        texts = model.prepare_text(ids, ids != pad_id)
+        row = torch.arange(len(ids), device=ids.device)
+        return model.fill(model.encode_places(texts, row, images, image_index, places))
+
+    def match(ids, image_index):  # (n, T), (n,) -> (n,)
+        texts = model.prepare_text(ids, ids != pad_id)
+        row = torch.arange(len(ids), device=ids.device)
+        return model.score_pairs(texts, row, images, image_index)
+
+    return fill, match
+
+
+def write_negatives(fill, match, batch, tokenizer, args, rng, device_rng):
+    """`generate.tailor_negatives` for the anchors of a batch (section 3.3)."""
+    B, M, T = batch["masked"].shape
+    writer_images = None  # each writer looks at its own picture, as in the paper
+    if args.writer_sees == "other":
+        writer_images = generate.other_images(B, M, rng).to(batch["masked"].device)
     return generate.tailor_negatives(
-        fill, match, batch["anchor_ids"], None, batch["own"][:b], mask_id=tokenizer.mask_id, vocabulary_range=tokenizer.word_range, pad_id=pad,
-        refills=args.refills, hard=args.hard, temperature=args.temperature, generator=rng, chunk_size=args.score_batch, project=model.fill,
-        masks=(batch["masked"], batch["labels"]), truth_threshold=args.truth_threshold)
+        fill,
+        match,
+        batch["input_ids"][:B, :T],
+        None,
+        batch["own"][:B],
+        mask_id=tokenizer.mask_id,
+        vocabulary_range=tokenizer.word_range,
+        pad_id=tokenizer.pad_id,
+        refills=args.refills,
+        hard=args.hard,
+        temperature=args.temperature,
+        truth_threshold=args.truth_threshold,
+        masks=(batch["masked"], batch["labels"]),
+        writer_images=writer_images,
+        chunk_size=args.score_batch,
+        generator=device_rng,
+    )
 
-class Objective(torch.nn.Module):
-    """The losses of one batch, so that a data-parallel wrapper sees one forward call for them all (METHOD 5)."""
-    def __init__(self, model, tokenizer, args):
-        super().__init__()
-        self.model, self.pad, self.args = model, tokenizer.pad_id, args
 
-    def forward(self, batch, weights, retrieved, negatives):
-        """weights: {term: weight}; a term that is not in it costs nothing. Returns {term: scalar} and {diagnostic: scalar}."""
-        model, margin, ids = self.model, self.args.margin, batch["input_ids"]
-        texts = model.prepare_text(ids, ids != self.pad)
-        images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
-        b = len(batch["masked"])
-        row, terms, seen = torch.arange(b, device=ids.device), {}, {}
-        if "itm" in weights:  # the true pair, one random caption, one random image
-            logits = model.score_pairs(texts, torch.cat((row, (row + 1) % b, row)), images, torch.cat((row, row, (row + 1) % b)))
-            terms["itm"] = losses.matching_loss(logits, (torch.arange(3 * b, device=ids.device) < b).float())
+def training_step(objective, data, args, weights, rng, device_rng, device, writer=None):
+    """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted losses.
+
+    weights: {term: weight}. A phase without hard negatives (the warm-up) draws a plain batch.
+    rng draws pairs and masks on the CPU, device_rng refills words on the device. writer: the
+    network that refills, if it is not the one that learns.
+    Returns the loss, a scalar with gradient, and {name: scalar} of terms and diagnostics without.
+    """
+    model = getattr(objective, "module", objective).model
+    if "hard" in weights:
+        shape = (args.pool, args.batch_size, args.maskings, args.mask_probability)
+    else:
+        B = args.warmup_batch_size
+        shape = (B, B, 1, args.warmup_mask_probability)
+    pool, anchors, maskings, probability = shape
+    # A pool of pairs, the first of which are the anchors that the step learns from.
+    captions = draw_pairs(data.splits["train"], pool, rng)
+    anchors = min(anchors, len(captions))
+    batch = make_batch(data, "train", captions, anchors, device, rng, maskings, probability)
+
+    # Without gradient and without dropout: which images, captions and written sentences are hard.
+    retrieved = None
+    negatives = None
+    pad_id = data.tokenizer.pad_id
+    with evaluate.inference(model, device, args.dtype):
+        if weights.keys() & {"itm", "hard"}:
+            texts = model.prepare_text(batch["input_ids"], batch["input_ids"] != pad_id)
+            images = prepare_images(model, batch)
+        if "itm" in weights:
+            count = args.wrong_partners
+            batch |= draw_wrong_partners(model, texts, images, batch, count, device_rng)
         if "hard" in weights:
-            (image_index, image_valid), (text_index, text_valid) = retrieved  # (B, H) each
-            h = image_index.size(1)
-            every = row.repeat_interleave(h)
-            scores = model.score_pairs(texts, torch.cat((row, every, text_index.flatten())),
-                                       images, torch.cat((row, image_index.flatten(), every))).sigmoid()
-            positive, false_images, false_texts = scores[:b], scores[b:b + b * h].view(b, h), scores[b + b * h:].view(b, h)
-            seen.update(hard_text=losses.triplet_loss(positive, false_texts, margin, text_valid), positive=positive.mean(),
-                        hard_image=losses.triplet_loss(positive, false_images, margin, image_valid), retrieved=losses.masked_mean(false_texts, text_valid))
-            terms["hard"] = seen["hard_text"] + seen["hard_image"]
-        if negatives:
-            sentences, valid, labels = negatives  # (B, H, T), (B, H), (B, H, T)
-            flat, labels, h = sentences.flatten(0, 1), labels.flatten(0, 1), sentences.size(1)  # (B * H, T) each
-            hidden = model.encode_pairs(model.prepare_text(flat, flat != self.pad), torch.arange(b * h, device=ids.device),
-                                        images.first(b), row.repeat_interleave(h))
-            synthetic, words = model.match(hidden).sigmoid().view(b, h), hidden[:, :flat.size(1)]
-            seen.update(synthetic=losses.masked_mean(synthetic, valid), kept=valid.float().mean())
-            if "tags" in weights:
-                terms["tags"] = losses.triplet_loss(positive, synthetic, margin, valid)
-            if "wod" in weights:
-                terms["wod"] = losses.word_discrimination_loss(model.discriminate(words), labels >= 0, flat != self.pad)
-            if "woc" in weights:
-                terms["woc"] = losses.word_correction_loss(model.correct(words), labels)
-        if "mlm" in weights:
-            masked, targets = batch["masked"].flatten(0, 1), batch["labels"].flatten(0, 1)  # (B * M, T)
-            places, words = (targets >= 0).nonzero().T, targets[targets >= 0]  # (2, q), (q,), on the CPU as labels are; q in 128s: bfloat16 compiles for each
-            places, words = (torch.nn.functional.pad(x, (0, -len(words) % 128), value=none) for x, none in ((places, 0), (words, -1)))
-            hidden = model.encode_pairs(model.prepare_text(masked, masked != self.pad), torch.arange(len(masked), device=ids.device),
-                                        images.first(b), row.repeat_interleave(len(masked) // b), tuple(places.to(ids.device, non_blocking=True)))
-            terms["mlm"] = losses.masked_lm_loss(model.fill(hidden), words.to(ids.device, non_blocking=True))
-        return terms, seen
+            retrieved = retrieve_negatives(model, texts, images, batch, args.hard, args.score_batch)
+        if SYNTHETIC & weights.keys():
+            fill, match = heads_over(model, images, pad_id)
+            if writer is not None:
+                fill, _ = heads_over(writer, prepare_images(writer, batch), pad_id)
+            negatives = write_negatives(fill, match, batch, data.tokenizer, args, rng, device_rng)
 
-def training_step(objective, data, args, weights, rng, device_rng, device):
-    """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted sum of the losses.
-    Returns the loss (a scalar with gradient) and {name: detached scalar} of its terms and diagnostics."""
-    model, mining = getattr(objective, "module", objective).model, "hard" in weights
-    b, p, m, probability = ((args.batch_size, args.pool, args.maskings, args.mask_probability) if mining else
-                            (args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability))
-    captions = draw_pairs(data.splits["train"], p, rng)
-    batch = make_batch(data, "train", captions, min(b, len(captions)), device, rng, m, probability)
-    retrieved = negatives = None
-    if mining:
-        with evaluate.inference(model, device, args.dtype):
-            texts = model.prepare_text(batch["input_ids"], batch["input_ids"] != data.tokenizer.pad_id)
-            images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
-            retrieved = retrieve_negatives(model, texts, images, batch, args)
-            if SYNTHETIC & weights.keys():
-                negatives = write_negatives(model, images.first(len(batch["masked"])), batch, data.tokenizer, args, device_rng)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+    # With gradient: only the true pairs and what was found hard is encoded again.
+    with autocast(device, args.dtype):
         terms, seen = objective(batch, weights, retrieved, negatives)
     loss = sum(weights[name] * term for name, term in terms.items())
-    return loss, {name: value.detach() for name, value in {**terms, **seen}.items()}
+    values = {"loss": loss} | terms | seen
+    return loss, {name: value.detach() for name, value in values.items()}
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+
+def prepare_images(model, batch):
+    """The regions of a batch, embedded once for all the pairs that they will be part of."""
+    return model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+
+
+# ---- interruption and processes ----------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; `number` says which."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM raise Interrupted where they come, except inside `held`, where the first
+    one is only noted, so that a step and its checkpoint are finished."""
+
+    def __init__(self):
+        self.noted = 0  # number of the signal that came while held
+        self.holding = False
+
+    @contextlib.contextmanager
+    def installed(self):
+        """While the block runs; also where a shell started us with SIGINT ignored."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+    def handle(self, number, _):
+        if self.holding and not self.noted:
+            self.noted = number
+        else:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """What must not be left half done; check `noted` behind it."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+
+    def check(self):
+        """Raises Interrupted if a signal was noted."""
+        if self.noted:
+            raise Interrupted(self.noted)
+
+
+def rank():
+    """The number of this process; the first one alone writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Prints a line, once for all processes."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Holds a lock on a run directory, so that two runs cannot write into it at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none: there nothing is locked
+        yield
+        return
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise datasets.InputError(
+                f"{folder}: another run is writing here; wait for it, or give another --out"
+            ) from None
+        yield  # the lock ends with the file, however the program ends
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def planned_steps(args):
+    """{phase: steps}: the phases share --steps by their weights in --phases."""
+    shares = {}
+    for phase in args.phases:
+        name, share = phase.split("=")
+        if name != "warmup" or not args.init:
+            shares[name] = float(share)
+    total = sum(shares.values())
+    return {name: round(args.steps * shares[name] / total) for name in PHASES if name in shares}
+
+
 def phase_plan(args):
-    """[(phase, steps, {term: weight}, peak learning rate)] of the run; the phases share --steps by their weights in --phases."""
-    shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases) if not (args.init and name == "warmup")}
-    given = {"itm": 1.0, "hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm, "wod": args.lambda_wod, "woc": args.lambda_woc}
-    ends = [round(args.steps * part / sum(shares.values())) for part in itertools.accumulate(shares.get(name, 0) for name in PHASES)]
-    return [(name, end - begin, {term: given[term] for term in PHASES[name] if given[term]} | ({"mlm": 1.0} if name == "warmup" else {}),
-             {"warmup": args.warmup_lr, "tags": args.lr, "dc": args.dc_lr}[name]) for name, begin, end in zip(PHASES, [0, *ends], ends) if end > begin]
+    """[(phase, steps, {term: weight}, peak learning rate)] of the run.
 
-def say(text, passing=False):
-    """Prints a line; on a terminal a passing one is overwritten by the next."""
-    if world()[0] == 0:
-        print("\r\033[K" * sys.stdout.isatty() + text, end="" if passing and sys.stdout.isatty() else "\n", flush=True)
+    A term of weight 0 drops out, and its work with it: that is how an ablation is made. In the
+    warm-up the masked LM weighs 1, since it is what teaches the words.
+    """
+    lambdas = {
+        "itm": 1.0,
+        "hard": 1.0,
+        "mlm": args.lambda_mlm,
+        "tags": args.lambda_tags,
+        "wod": args.lambda_wod,
+        "woc": args.lambda_woc,
+    }
+    peaks = {"warmup": args.warmup_lr, "tags": args.lr, "dc": args.dc_lr}
+    plan = []
+    for phase, steps in planned_steps(args).items():
+        if steps == 0:
+            continue
+        weights = {term: lambdas[term] for term in PHASES[phase] if lambdas[term] > 0}
+        if phase == "warmup":
+            weights["mlm"] = 1.0
+        plan.append((phase, steps, weights, peaks[phase]))
+    return plan
 
-def world():
-    """(rank of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-class Run:
-    """A training run: the model, where it stands, and all that its checkpoints hold. With several processes each draws its
-    own batches and pools; the first one alone writes."""
-    def __init__(self, args, data, model, device):
-        self.args, self.data, self.model, self.device, self.out = args, data, model, device, Path(args.out)
-        self.plan, self.rank, self.asked, self.signal = phase_plan(args), world()[0], 0, 0  # signals: the one that came, what all agreed on
-        self.objective, self.optimizer = Objective(model, data.tokenizer, args), None
-        if world()[1] > 1:  # a term that is off, or a phase without it, leaves heads without gradient
+def triangle(step, steps):
+    """Share of the peak learning rate: a rise over the first tenth of the steps, then a fall."""
+    return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))
+
+
+class Trainer:
+    """A training run: the model, where it stands, and all that its checkpoints hold.
+
+    A run has up to three phases (phase_plan). Each begins with a fresh optimiser and with the
+    best weights of the one before, and ends with its own best weights in best.pt. last.pt is
+    where --resume goes on, to the same result as without a break. Of several processes (torchrun)
+    each draws its own batches and pools; the first one alone writes files and lines.
+    """
+
+    PROGRESS = ("phase", "step", "validation_due", "best", "warmup", "log", "seconds")
+
+    def __init__(self, args, data, model, device, signals):
+        self.args = args
+        self.data = data
+        self.model = model
+        self.device = device
+        self.signals = signals
+        self.out = Path(args.out)
+        self.plan = phase_plan(args)
+        self.objective = losses.Objective(
+            model, data.tokenizer.pad_id, args.margin, args.original_weight
+        )
+        if dist.is_initialized():  # a phase without a term leaves its head without gradient
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
-        self.rng, self.device_rng = (torch.Generator(where).manual_seed(args.seed + self.rank) for where in ("cpu", device))  # batches; refills
-        self.at, self.started = dict(phase=0, step=0, val={}, seconds=0.0, warmup=None, log=[]), time.time()
+        self.rng = torch.Generator().manual_seed(args.seed + rank())  # draws batches
+        self.device_rng = torch.Generator(device).manual_seed(args.seed + rank())  # and words
+        self.writer = None  # another network than the model, if it is frozen
+        self.phase = 0  # number in the plan
+        self.step = 0  # done in this phase
+        self.validation_due = False  # of the step just done
+        self.best = {}  # metrics of the phase's best validation
+        self.warmup = None  # what the test report after the warm-up said
+        self.log = []  # rows of log.csv
+        self.history = {}  # {name: [scalars]} of the steps since its last row
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.warned = set()
+        self.seconds = 0.0  # of training, reports and validations, before `started`
+        self.started = time.time()
+        self.begin_phase()
 
-    def new_optimizer(self):
-        """AdamW; weight decay 0.01, none on biases and LayerNorm (METHOD 5). Every phase begins with a fresh one."""
-        groups = [dict(params=[p for p in self.model.parameters() if (p.dim() > 1) == decayed], weight_decay=0.01 * decayed)
-                  for decayed in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device != "mps")  # which torch 2.4 cannot
+    def begin_phase(self):
+        """AdamW anew; weight decay 0.01, none on biases and LayerNorm (section 4.1)."""
+        self.step = 0
+        self.best = {}
+        parameters = list(self.model.parameters())
+        decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
+        others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
+        fused = self.device != "mps"  # which torch 2.4 cannot
+        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=fused)
+        name = self.plan[self.phase][0] if self.phase < len(self.plan) else None
+        if self.args.frozen_writer and self.writer is None and name in ("tags", "dc"):
+            self.writer = copy.deepcopy(self.model)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
 
     def save(self, name):
-        """Writes everything that --resume, --eval and --checkpoint need."""
-        if self.rank == 0:
-            state = dict(self.at, seconds=self.at["seconds"] + time.time() - self.started, config=vars(self.model.config), extras=self.model.uniter_extras,
-                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), tokens=self.data.tokenizer.tokens,
-                         rng=[self.rng.get_state(), self.device_rng.get_state(), torch.get_rng_state()],
-                         arguments=vars(self.args) | dict(dtype=str(self.args.dtype).removeprefix("torch.")))
-            datasets.write_atomically(self.out / name, lambda path: torch.save(state, path))
+        """Writes everything that --resume, --eval and --init need."""
+        state = {
+            "format": FORMAT,
+            "config": vars(self.model.config),
+            "tokens": self.data.tokenizer.tokens,
+            "arguments": vars(self.args) | {"dtype": str(self.args.dtype).split(".")[-1]},
+            "model": self.model.state_dict(),
+            "writer": self.writer.state_dict() if self.writer else None,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {key: getattr(self, key) for key in self.PROGRESS},
+            "history": {key: torch.stack(values) for key, values in self.history.items()},
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "rng": self.random_states(),
+        }
+        state["progress"]["seconds"] += time.time() - self.started
+        if rank() > 0:
+            return
+        try:
+            datasets.write_atomically(self.out / name, lambda part: torch.save(state, part))
+        except RuntimeError as fault:  # torch.save's own word for a full disk
+            raise OSError(f"{self.out / name}: {first_line(fault)}") from None
+
+    def generators(self):
+        """All that draws at random here: batches, refills, dropout."""
+        own = [self.rng, self.device_rng, torch.default_generator]
+        if self.device.startswith("cuda"):
+            own.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        return own
+
+    def random_states(self):
+        """[the states of `generators`] of each process."""
+        states = [generator.get_state() for generator in self.generators()]
+        every = [states] * world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(every, states)
+        return every
 
     def resume(self, state):
-        """Takes up where the checkpoint `state` stands; processes other than the first, and another kind of device, draw afresh from there on."""
-        self.at = {key: state[key] for key in self.at}
+        """Takes up where a checkpoint stands, on another kind of device with other draws."""
+        for key in self.PROGRESS:
+            setattr(self, key, state["progress"][key])
+        step, best = self.step, self.best
         self.model.load_state_dict(state["model"])
-        self.new_optimizer()
+        self.begin_phase()
+        self.step, self.best = step, best
         self.optimizer.load_state_dict(state["optimizer"])
-        for generator, value in zip((self.rng, self.device_rng, torch.default_generator), state["rng"]):
-            known = self.rank == 0 and len(value) == len(generator.get_state())
-            generator.set_state(value) if known else generator.manual_seed(self.args.seed + self.rank + 1000 * self.at["step"])
+        if self.writer:
+            self.writer.load_state_dict(state["writer"])
+        for name, values in state["history"].items():
+            self.history[name] = list(values.to(self.device).unbind())
+        self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
+        self.set_random_states(state["rng"])
+
+    def set_random_states(self, every):
+        """The generators go on as saved, or afresh where processes or devices are others now."""
+        states = every[rank()] if rank() < len(every) else []
+        for n, generator in enumerate(self.generators()):
+            if n < len(states) and len(states[n]) == len(generator.get_state()):
+                generator.set_state(states[n])
+            else:
+                generator.manual_seed(self.args.seed + rank() + 1000 * (self.step + 1))
+
+    # ---- the loop ------------------------------------------------------------------------------
 
     def train(self):
-        """Runs what is left of the plan, each phase from the best weights of the one before. Returns False when interrupted."""
-        for self.at["phase"] in range(self.at["phase"], len(self.plan)):
-            if self.at["step"] == 0:
-                self.new_optimizer(), self.at.update(val={})  # a phase is judged by itself: it alone trains its own heads
-            self.model.train()
-            before = [signal.signal(number, lambda number, _: setattr(self, "asked", number)) for number in (signal.SIGINT, signal.SIGTERM)]
-            self.train_phase(*self.plan[self.at["phase"]])
-            signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
-            if self.signal:
-                return False
-            if world()[1] > 1:
-                dist.barrier()  # best.pt is whole before anyone reads it
-            self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
-            if self.plan[self.at["phase"]][0] == "warmup":
-                self.at["warmup"] = test_report(self.model, self.data, final_split(self.data), self.args, self.device)[0]
-            self.at["step"] = 0
-        self.at["phase"] = len(self.plan)
-        self.save("last.pt")
-        return True
+        """What is left of the plan, each phase from the best weights of the one before."""
+        if not (self.out / "last.pt").exists() or not self.log:
+            self.save("last.pt")
+        while self.phase < len(self.plan):
+            self.train_phase(*self.plan[self.phase])
+            self.end_phase(self.plan[self.phase][0])
+        self.seconds += time.time() - self.started
+        self.started = time.time()
 
     def train_phase(self, phase, steps, weights, peak):
-        """One phase of the plan, from self.at["step"] on: steps, lines of the log, validations."""
-        args, history, clock, since = self.args, {}, time.time(), 0
-        for step in range(self.at["step"], steps):
-            lr = peak * min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1))  # warm-up, then linear decay
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            terms = {"mlm": weights["mlm"]} if phase == "warmup" and step < args.words_first * steps else weights
-            self.optimizer.zero_grad(set_to_none=True)
-            for _ in range(args.accumulate):
-                loss, seen = training_step(self.objective, self.data, args, terms, self.rng, self.device_rng, self.device)
-                (loss / args.accumulate).backward()
-                for name, value in {"loss": loss.detach(), **seen}.items():
-                    history.setdefault(name, []).append(value)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-            self.optimizer.step()
-            self.at["step"], since = step + 1, since + 1
-            if (step + 1) % args.log_every == 0 or step + 1 == steps or (self.asked and world()[1] == 1):
-                means = {name: torch.stack(values).mean().item() for name, values in history.items()}
-                self.report(phase, terms, means, (time.time() - clock) / since, lr, step + 1 == steps)
-                history, clock, since = {}, time.time(), 0
-            if self.signal:
-                return self.save("last.pt")
+        """One phase of the plan: steps, lines of the log, checkpoints, validations."""
+        self.model.train()
+        clock = time.time()
+        done_before = self.step
+        while self.step < steps or self.validation_due:
+            if self.validation_due:
+                self.validate()
+                clock = time.time()
+                done_before = self.step
+                continue
+            with self.signals.held():
+                terms, lr = weights, peak * triangle(self.step, steps)
+                if phase == "warmup":
+                    terms, lr = self.words_then_matching(steps, weights, peak)
+                self.optimise(terms, lr)
+                self.step += 1
+                due = self.step % self.args.log_every == 0 or self.step == steps
+                if due:
+                    pace = (time.time() - clock) / (self.step - done_before)
+                    self.report(phase, terms, lr, pace)
+                    self.validation_due = self.is_validation_due(phase, steps)
+                    clock = time.time()
+                    done_before = self.step
+                interrupted = self.agree_on_interruption(due)
+                if due or interrupted:
+                    self.save("last.pt")
+            if interrupted:
+                raise Interrupted(interrupted)
 
-    def report(self, phase, terms, means, pace, lr, last):
-        """A row of the log after `pace` seconds a step; a validation where one is due, which is not before the phase's heads have learnt.
-        Raises InputError if training diverged."""
-        args, total, split = self.args, sum(steps for _, steps, _, _ in self.plan), "val" if "val" in self.data.splits else "train"
-        done = sum(steps for _, steps, _, _ in self.plan[:self.at["phase"]]) + self.at["step"]
-        row = {"phase": phase, "step": done, "lr": lr, **{name: round(mean, 5) for name, mean in means.items()}}
-        if not math.isfinite(row["loss"]):
-            raise datasets.InputError(f"the loss became {row['loss']} at step {done} ({phase}): lower the learning rate, now {lr:.1e}; "
-                                      f"{self.out / 'best.pt'} holds the best weights before that")
+    def words_then_matching(self, steps, weights, peak):
+        """The warm-up has two parts, masked words alone and matching, too, and each its own rise
+        and fall of the learning rate -> {term: weight}, rate."""
+        words = round(self.args.words_first * steps)
+        if self.step < words:
+            return {"mlm": weights["mlm"]}, peak * triangle(self.step, words)
+        return weights, peak * triangle(self.step - words, steps - words)
+
+    def optimise(self, weights, lr):
+        """One step of the optimiser; what it saw goes into the history."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients of several batches add up to one step, for a GPU with little memory.
+        for _ in range(self.args.accumulate):
+            loss, seen = training_step(
+                self.objective,
+                self.data,
+                self.args,
+                weights,
+                self.rng,
+                self.device_rng,
+                self.device,
+                self.writer,
+            )
+            (loss / self.args.accumulate).backward()
+            for name, value in seen.items():
+                self.history.setdefault(name, []).append(value)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+        self.update_if_finite(norm)
+
+    def update_if_finite(self, norm):
+        """Skips the update where the gradient is not finite, without asking a GPU."""
+        skipped = (~norm.isfinite()).float()
+        if self.device != "mps":  # the fused AdamW changes nothing where found_inf is 1
+            self.optimizer.found_inf = skipped
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        self.history.setdefault("skipped", []).append(skipped)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+
+    def agree_on_interruption(self, due):
+        """The number of the signal that ends the run after this step, or 0. All processes stop
+        after the same step, or none, and so they ask each other at lines of the log only."""
+        if not dist.is_initialized():
+            return self.signals.noted
+        if not due:
+            return 0
+        noted = torch.tensor(self.signals.noted, device=self.device)
+        dist.all_reduce(noted, dist.ReduceOp.MAX)
+        return noted.item()
+
+    # ---- what is told --------------------------------------------------------------------------
+
+    def report(self, phase, terms, lr, pace):
+        """A row of the log: means over the steps since the last one. pace: seconds a step."""
+        means = {}
+        for name, values in self.history.items():
+            values = torch.stack(values).float()
+            finite = values[values.isfinite()]
+            means[name] = finite.mean().item() if len(finite) else math.nan
+        skipped = sum(value.item() for value in self.history["skipped"])
+        if self.skipped_in_a_row.item() >= 20:
+            self.give_up(phase, lr)
+        self.history = {}
+        done = self.step + sum(steps for _, steps, _, _ in self.plan[: self.phase])
+        total = sum(steps for _, steps, _, _ in self.plan)
+        means["skipped"] = skipped
+        row = {"phase": phase, "step": done, "lr": lr}
+        row |= {name: round(mean, 5) for name, mean in means.items()}
+        self.log.append(row)
+        # The first process alone speaks, of its own batches; losses are means since the last line.
+        if not skipped:
+            means.pop("skipped")
         if "hard" in terms:
-            candidates = 2 * args.pool + args.maskings * args.refills * bool(SYNTHETIC & terms.keys())
-            means["negatives/s"] = row["negatives_per_s"] = round(args.batch_size * args.accumulate * candidates * world()[1] / pace)
-        say(f"{phase} {done}/{total}  " + "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-            + f"  ETA {pace * (total - done) / 60:.1f} min", not last)
-        signals = torch.tensor(self.asked, device=self.device)
-        dist.all_reduce(signals, dist.ReduceOp.MAX) if world()[1] > 1 else None  # all stop at the same step, or none
-        self.signal = signals.item()
-        self.at["log"].append(row)
-        steps, step = self.plan[self.at["phase"]][1], self.at["step"]
-        learnt = terms.keys() - {"mlm"} and step >= steps / 2 * (phase == "dc")  # matching; the heads that are new in dc
-        if last or not self.signal and learnt and step // args.log_every % max(1, steps // args.log_every // args.validations) == 0:
-            metrics = evaluate.retrieval_metrics(*scores_of(self.model, self.data, split, args, self.device, args.val_images))
-            row.update({f"val_{name}": round(metrics[name], 2) for name in ("rsum", "tr_r1", "ir_r1")})
-            say(f"  validation: RSum {metrics['rsum']:.1f}  TR@1 {metrics['tr_r1']:.1f}  IR@1 {metrics['ir_r1']:.1f}")
-            if metrics["rsum"] > self.at["val"].get("rsum", -1):
-                self.at["val"] = metrics
+            candidates = 2 * self.args.pool
+            if SYNTHETIC & terms.keys():
+                candidates += self.args.maskings * self.args.refills
+            each_step = self.args.batch_size * self.args.accumulate * world_size()
+            means["negatives/s"] = each_step * candidates / pace
+        values = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        say(f"{phase} {done}/{total}  {values}  ETA {pace * (total - done) / 60:.1f} min")
+        self.watch(means)
+        self.write_log()
+
+    def give_up(self, phase, lr):
+        """After 20 steps in a row whose gradient was not finite."""
+        terms = [name for name, values in self.history.items() if not values[-1].isfinite()]
+        raise datasets.InputError(
+            f"20 steps in a row without a finite gradient at step {self.step} of {phase}"
+            f" ({', '.join(terms) or 'all terms are finite themselves'}): lower the learning rate,"
+            f" now {lr:.1e}; {self.out}/last.pt has the weights before them"
+        )
+
+    def watch(self, means):
+        """Says once what silently makes a run worthless."""
+        warnings = {}
+        if abs(means.get("positive", 1.0) - means.get("retrieved", 0.0)) < 1e-3:
+            warnings["collapsed"] = (
+                "warning: true pairs and retrieved negatives score alike, so the hinge sits at its"
+                " margin: lower --lr, or begin with a longer warm-up"
+            )
+        if means.get("kept", 1.0) < 0.01:
+            warnings["empty"] = (
+                "warning: hardly a written sentence is usable as a negative: raise --maskings,"
+                " --refills or --temperature"
+            )
+        for name, text in warnings.items():
+            if name not in self.warned:
+                say(text)
+                self.warned.add(name)
+
+    def write_log(self):
+        """log.csv; a column appears with the first row that has it."""
+        if rank() > 0:
+            return
+        names = list(dict.fromkeys(name for row in self.log for name in row))
+
+        def write(part):
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(self.log)
+
+        datasets.write_atomically(self.out / "log.csv", write)
+
+    # ---- validation ----------------------------------------------------------------------------
+
+    def is_validation_due(self, phase, steps):
+        """--validations times a phase at lines of the log, but not before its heads have learnt:
+        matching in the warm-up, discrimination and correction in dc."""
+        learnt = {"warmup": self.args.words_first * steps, "tags": 0, "dc": 0.5 * steps}
+        lines = self.step // self.args.log_every
+        apart = max(1, steps // self.args.log_every // self.args.validations)
+        return self.step == steps or (self.step > learnt[phase] and lines % apart == 0)
+
+    def validate(self):
+        """Recall on val; the best weights of the phase are kept."""
+        split = "val" if "val" in self.data.splits else "train"
+        count = min(self.args.val_images, len(self.data.splits[split].images))
+        scores, owner = scores_of(self.model, self.data, split, self.args, self.device, count)
+        metrics = evaluate.retrieval_metrics(scores, owner)
+        say(f"  validation: RSum {metrics['rsum']:.1f}")
+        with self.signals.held():
+            for name in ("rsum", "tr_r1", "ir_r1"):
+                self.log[-1][f"val_{name}"] = round(metrics[name], 2)
+            self.validation_due = False
+            if metrics["rsum"] > self.best.get("rsum", -1):
+                self.best = metrics
                 self.save("best.pt")
             self.save("last.pt")
-        if self.rank == 0:
-            names = list(dict.fromkeys(name for row in self.at["log"] for name in row))
-            table = "".join(",".join(str(line.get(name, "")) for name in names) + "\n" for line in [dict(zip(names, names)), *self.at["log"]])
-            datasets.write_atomically(self.out / "log.csv", lambda path: path.write_text(table))
+            self.write_log()
+        self.signals.check()
+
+    def end_phase(self, phase):
+        """The phase's best weights go on, not its last."""
+        if dist.is_initialized():
+            dist.barrier()  # best.pt is whole before anyone reads it
+        best = load_checkpoint(self.out / "best.pt", own=True)
+        self.model.load_state_dict(best["model"])
+        if phase == "warmup":
+            self.warmup, _, _ = test_report(self.model, self.data, self.args, self.device)
+        with self.signals.held():
+            self.phase += 1
+            if self.phase < len(self.plan):
+                self.begin_phase()
+            self.save("last.pt")
+        self.signals.check()
+
+
+FORMAT = 2  # of our checkpoints
+
+
+def first_line(fault):
+    """The first line of what an exception says."""
+    return (str(fault).splitlines() or [type(fault).__name__])[0]
+
 
 def load_checkpoint(path, own=False):
-    """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights. Raises InputError."""
+    """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights too."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # torch.load raises half a dozen kinds for a file that is none of its own
-        raise datasets.InputError(f"{path}: not a readable checkpoint ({str(fault).splitlines()[0]})") from None
-    if not isinstance(state, dict) or (own and "arguments" not in state):
-        raise datasets.InputError(f"{path}: no checkpoint of this program; official weights start a run with --init")
+    except OSError:
+        raise
+    except Exception:  # torch.load raises half a dozen kinds, with advice that would be unsafe here
+        raise datasets.InputError(
+            f"{path}: not a checkpoint that can be read safely (weights and plain values alone)"
+        ) from None
+    if not isinstance(state, dict) or not state:
+        raise datasets.InputError(f"{path}: no checkpoint, but a {type(state).__name__}")
+    if own and "arguments" not in state:
+        raise datasets.InputError(
+            f"{path}: no checkpoint of this program; official weights start a run with --init"
+        )
+    if "arguments" in state and state.get("format") != FORMAT:
+        raise datasets.InputError(
+            f"{path}: a checkpoint of format {state.get('format', 1)}, this program writes and"
+            f" reads {FORMAT}; train it again, or use the program that wrote it"
+        )
     return state
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-def scoring(args, device):  # what every function of evaluate.py is told
-    return dict(device=device, dtype=args.dtype, score_batch=args.score_batch)
 
-def scores_of(model, data, split, args, device, images=None):
-    """Score matrix (C, I) of a split, or of its first `images` images and their captions, and the image of each caption, as
-    retrieval_metrics takes them. Several processes share the captions."""
-    owner, (rank, processes) = data.splits[split].image_of_caption, world()
-    owner = owner[:torch.searchsorted(owner, images)] if images else owner
-    rows, columns = torch.arange(len(owner)).tensor_split(processes)[rank], torch.arange(len(data.splits[split].images))[:images]
-    show = lambda done, total: sys.stdout.isatty() and say(f"scored {done:,} of {total:,} pairs", True)
-    part = evaluate.score_matrix(model, data, split, progress=show, captions=rows, images=columns, **scoring(args, device))
-    if processes == 1:
+# ---- evaluation, search: see evaluate.py for what they call -------------------------------------
+
+
+def scoring(args, device):
+    """What every function of evaluate.py that runs the network is told."""
+    return {"device": device, "dtype": args.dtype, "score_batch": args.score_batch}
+
+
+def scores_of(model, data, split, args, device, count=None):
+    """Score matrix (C, I) of a split, or of its first `count` images and their captions, and the
+    image of each caption. Several processes share the captions."""
+    owner = data.splits[split].image_of_caption
+    images = torch.arange(len(data.splits[split].images))[:count]
+    owner = owner[owner < len(images)]
+    own = torch.arange(len(owner)).tensor_split(world_size())[rank()]
+    part = evaluate.score_matrix(
+        model, data, split, captions=own, images=images, **scoring(args, device)
+    )
+    if world_size() == 1:
         return part, owner
-    scores = torch.zeros(len(owner), len(columns), device=device)
-    scores[rows.to(device)] = part.to(device)
+    scores = torch.zeros(len(owner), len(images), device=device)
+    scores[own.to(device)] = part.to(device)
     dist.all_reduce(scores)
     return scores.cpu(), owner
 
-def tailored_examples(model, data, split, captions, args, device):
-    """Generated negatives of some captions of a split, and what the heads say of them, the same for the same seed: CPU tensors captions,
-    images (N,), originals (N, T), sentences, corrections (N, H, T), valid, scores (N, H), discrimination (N, H, T, 2) logits."""
-    batch = make_batch(data, split, captions, len(captions), device, torch.Generator().manual_seed(args.seed), args.maskings, args.mask_probability)
-    with evaluate.inference(model, device, args.dtype):
-        regions = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
-        sentences, valid, _ = (x.cpu() for x in write_negatives(model, regions, batch, data.tokenizer, args, torch.Generator(device).manual_seed(args.seed)))
-    images = data.splits[split].image_of_caption[captions]
-    judged = evaluate.judge_words(model, data, split, sentences.flatten(0, 1), images.repeat_interleave(args.hard), **scoring(args, device))
-    logits, discrimination, corrections = (part.unflatten(0, valid.shape) for part in judged)
-    return dict(captions=captions, images=images, originals=batch["anchor_ids"].cpu(), sentences=sentences, valid=valid,
-                scores=logits.sigmoid(), discrimination=discrimination, corrections=corrections)
 
 def final_split(data):
     """The split that is reported and searched: test, or the nearest there is."""
     return next(name for name in ("test", "val", "train") if name in data.splits)
 
-def test_report(model, data, split, args, device):
-    """Everything measured on a split -> ({metric: value}, score matrix, the generated examples)."""
-    content, (scores, owner) = data.splits[split], scores_of(model, data, split, args, device)
-    metrics = evaluate.retrieval_metrics(scores, owner)
-    if data.name == "coco" and len(content.images) == 5000:
-        metrics.update({f"1k_{name}": value for name, value in evaluate.fold_metrics(scores, owner).items()})
-    if args.root:
-        metrics |= evaluate.eccv_metrics(scores, data, split, Path(args.root))
-    some = torch.searchsorted(content.image_of_caption, torch.arange(min(len(content.images), args.analyse_images)))
-    made = tailored_examples(model, data, split, some, args, device)
-    sentences, originals = made["sentences"].flatten(0, 1), made["originals"].repeat_interleave(args.hard, 0)
-    metrics |= evaluate.word_metrics(made["discrimination"].flatten(0, 1), made["corrections"].flatten(0, 1), sentences, originals,
-                                     sentences != data.tokenizer.pad_id)  # what is not valid is all padding
-    metrics["synthetic_score"] = made["scores"][made["valid"]].mean().item()
-    if content.scenes:
-        metrics |= evaluate.false_negative_share(data, split, made["images"].repeat_interleave(args.hard), sentences, made["valid"].flatten())
-        wrong = evaluate.one_word_wrong(data, split, args.seed)
-        metrics["one_word_wrong"] = evaluate.pairwise_accuracy(model, data, split, *wrong, **scoring(args, device))
-    return {name: round(value, 4) for name, value in metrics.items()}, scores, made
 
-def picture_negatives(path, data, split, scores, made, count=6):
-    """negatives.png: what was retrieved and what was written against some captions, and what the heads say of it."""
-    content, decode, rows = data.splits[split], data.tokenizer.tokens.__getitem__, []
-    for n in torch.linspace(0, len(made["captions"]) - 1, count).long().tolist():
-        caption, image, generated = made["captions"][n].item(), made["images"][n].item(), []
-        false = scores[:, image].masked_fill(content.image_of_caption == image, float("-inf"))
-        for h in made["valid"][n].nonzero()[:3, 0].tolist():
-            ids, flagged = made["sentences"][n, h], (made["discrimination"][n, h].argmin(1) == 1).tolist()
-            words = range(1, (ids != data.tokenizer.pad_id).sum().item() - 1)
-            generated.append(([decode(ids[i]) for i in words], made["scores"][n, h].item(), [(ids[i] != made["originals"][n, i]).item() for i in words],
-                              [flagged[i] for i in words], [decode(made["corrections"][n, h, i]) if flagged[i] else None for i in words]))
-        rows.append(dict(picture=evaluate.picture_of(data, split, image), caption=content.captions[caption], score=scores[caption, image].sigmoid().item(),
-                         retrieved=(content.captions[false.argmax()], false.max().sigmoid().item()), generated=generated))
-    evaluate.draw_negatives(path, rows)
+def tailored_examples(model, data, split, args, device):
+    """Generated negatives of the first caption of some images, the same for the same seed.
 
-TABLE = {f"{way}_r{k}": f"{asked} retrieval R@{k}" for way, asked in (("tr", "text"), ("ir", "image")) for k in (1, 5, 10)} | {
-    "rsum": "RSum", "one_word_wrong": "caption over one word wrong, %", "false_negatives": "generated sentences that are true, %",
-    "parse": "generated sentences that parse, %", "wod_precision": "word discrimination, precision %", "wod_recall": "word discrimination, recall %",
-    "woc_accuracy": "word correction, accuracy %", "synthetic_score": "mean score of generated negatives",
-    "ceiling_tr_r1": "who knows all and guesses ties: text R@1", "ceiling_ir_r1": "who knows all and guesses ties: image R@1"}
+    Returns a dict of CPU tensors: captions and images (N,), originals (N, T), sentences (N, H, T),
+    valid (N, H).
+    """
+    images = torch.arange(min(len(data.splits[split].images), args.analyse_images))
+    captions = torch.searchsorted(data.splits[split].image_of_caption, images)
+    rng = torch.Generator().manual_seed(args.seed)
+    device_rng = torch.Generator(device).manual_seed(args.seed)
+    batch = make_batch(
+        data, split, captions, len(captions), device, rng, args.maskings, args.mask_probability
+    )
+    with evaluate.inference(model, device, args.dtype):
+        fill, match = heads_over(model, prepare_images(model, batch), data.tokenizer.pad_id)
+        made = write_negatives(fill, match, batch, data.tokenizer, args, rng, device_rng)
+    return {
+        "captions": captions,
+        "images": data.splits[split].image_of_caption[captions],
+        "originals": batch["input_ids"][:, : made.sentences.size(2)].cpu(),
+        "sentences": made.sentences.cpu(),
+        "valid": made.valid.cpu(),
+    }
 
-def finish(args, data, model, device, state):
-    """Evaluates on the test split (val or train, if there is none): table, metrics.json, pictures. Among processes the first one writes."""
-    split, out, warmup = final_split(data), Path(args.out), state.get("arguments", vars(args))["data"] == args.data and state["warmup"] or {}
-    content, (metrics, scores, made) = data.splits[split], test_report(model, data, split, args, device)
-    if world()[0] > 0:
+
+def test_report(model, data, args, device):
+    """Everything measured on the test split -> metrics, scores (C, I), generated examples."""
+    split = final_split(data)
+    scores, _ = scores_of(model, data, split, args, device)
+    examples = tailored_examples(model, data, split, args, device)
+    metrics = evaluate.report(
+        model,
+        data,
+        split,
+        scores,
+        examples,
+        seed=args.seed,
+        root=args.root,
+        **scoring(args, device),
+    )
+    return metrics, scores, examples
+
+
+def finish(args, data, model, device, progress):
+    """Evaluates on the test split: a table, metrics.json, pictures.
+
+    progress: of the run that has just ended (Trainer.PROGRESS), or that made the checkpoint.
+    """
+    out = Path(args.out)
+    split = final_split(data)
+    metrics, scores, examples = test_report(model, data, args, device)
+    if rank() > 0:
         return
     for path in args.probe:
-        metrics.update(evaluate.run_probe(path, model, data, split, **scoring(args, device)))
+        metrics |= evaluate.run_probe(path, model, data, split, **scoring(args, device))
+    content = data.splits[split]
     if content.scenes:
-        metrics |= zip(("ceiling_tr_r1", "ceiling_ir_r1"), datasets.identification_ceiling(content.scenes, content.captions, content.image_of_caption))
-    say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions\n{'':42}{'warm-up' if warmup else '':>10}{'final':>10}")
-    for name, value in metrics.items():
-        say(f"{TABLE.get(name, name):42}" + (f"{warmup[name]:10.2f}" if name in warmup else f"{'':10}") + f"{value:10.2f}")
+        metrics |= evaluate.identification_ceiling(content)
+    say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions")
+    for line in evaluate.table(metrics, progress["warmup"] or {}):
+        say(line)
     if args.save_scores:
-        datasets.write_atomically(out / "scores.npy", lambda path: np.save(path.open("wb"), scores.numpy()))
-    picture_negatives(out / "negatives.png", data, split, scores, made)
+        datasets.write_atomically(out / "scores.npy", lambda part: save_array(part, scores))
+    options = scoring(args, device)
+    picture = out / "negatives.png"
+    evaluate.draw_negatives(picture, model, data, split, scores, examples, **options)
     if not args.eval:
-        evaluate.draw_curves(out / "curves.png", state["log"])
-        record = {"test": metrics, "val": state["val"], "warmup": state["warmup"], "arguments": vars(args) | {"dtype": str(args.dtype)}, "seed": args.seed,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seconds": round(state["seconds"], 1)}
-        datasets.write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+        evaluate.draw_curves(out / "curves.png", progress["log"])
+        record = {
+            "test": metrics,
+            "val": progress["best"],
+            "warmup": progress["warmup"],
+            "arguments": vars(args) | {"dtype": str(args.dtype)},
+            "seed": args.seed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "seconds": round(progress["seconds"], 1),
+        }
+        text = json.dumps(record, indent=1)
+        datasets.write_atomically(out / "metrics.json", lambda part: part.write_text(text))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
-def search(args, data, model, device, count=6):
-    """--query: the test images that a sentence describes best; --image: the captions that describe a test image best."""
-    content, out, picture = data.splits[split := final_split(data)], Path(args.out), None
-    if args.query:
-        unknown = [word for word in datasets.split_words(args.query) if data.tokenizer.unk_id in data.tokenizer.encode(word)]
-        if unknown or not args.query.strip():
-            raise datasets.InputError(f"--query: the model does not know {', '.join(unknown) or 'an empty sentence'}; use words of its vocabulary")
-        images = torch.arange(len(content.images))
-        ids = evaluate.own_words(data, [args.query]).text("own", [0]).expand(len(images), -1)
-    elif args.image in content.images:
-        own = content.images.index(args.image)
-        ids, images = data.text(split, torch.arange(len(content.captions))), torch.full((len(content.captions),), own)
-        picture = evaluate.picture_of(data, split, own)
-    else:
-        raise datasets.InputError(f"--image {args.image}: no such image in the {split} split; its first are {', '.join(content.images[:3])}")
-    scores = evaluate.score_sentences(model, data, split, ids, images, **scoring(args, device)).sigmoid()
-    best = scores.topk(min(count, len(scores))).indices.tolist()
-    results = [(evaluate.picture_of(data, split, i), content.images[i], scores[i].item()) if args.query else
-               (None, content.captions[i] + "  (its own)" * bool(content.image_of_caption[i] == own), scores[i].item()) for i in best]
-    evaluate.draw_search(out / "search.png", args.query or args.image, picture, results)
-    say("\n".join(f"{score:.4f}  {text}" for _, text, score in results) + f"\ndrawn as {out / 'search.png'}")
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-def parse_arguments(argv):
-    """Defaults are for the embedded scenes; the paper's values stand in the help. A recipe or a checkpoint changes defaults."""
-    parser = argparse.ArgumentParser(prog="tagsdc.py", description="TAGS-DC: image-text retrieval with tailored synthetic negatives.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint instead of training")
-    add("--checkpoint", metavar="FILE", help="checkpoint for --query and --image")
-    add("--query", metavar="TEXT", help="find the test images that a sentence describes best")
-    add("--image", metavar="NAME", help="find the test captions that describe an image best")
-    add("--probe", metavar="FILE", nargs="+", default=[], help="fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files")
-    add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--quick", action="store_true", help="everything in miniature, to see that it works")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="scenes", help="scenes, coco, flickr30k, or a JSON file of Karpathy's form")
-    add("--root", help="folder of the captions and region features")
-    add("--features", help="file or folder of the region features, if not under --root")
-    add("--phrases", help="JSON with the phrases of the captions; without it they are parsed by rules")
-    add("--skip-bad", action="store_true", help="leave out unusable images and captions, and count them")
-    add("--scenes", type=int, nargs=3, default=[5000, 500, 500], metavar="N", help="images in train, val and test of the embedded world")
-    add = parser.add_argument_group("model").add_argument
-    add("--size", default="tiny", choices=PRESETS, help="of the network (paper: base, large)")
-    add("--init", metavar="FILE", help="start from our checkpoint or official UNITER / TAGS weights, without a warm-up phase")
-    add("--heads", type=int, help="attention heads of --init weights, if not 64 wide")
-    add("--dropout", type=float, default=0.0, help="paper: 0.1")
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, help="a schedule of the official release, in place of the defaults below")
-    add("--steps", type=int, default=7000, help="optimiser steps in all; the phases share them")
-    add("--phases", nargs="+", default=["warmup=16", "tags=3", "dc=1"], metavar="NAME=SHARE", help="phases and their shares of --steps")
-    add("--batch-size", type=int, default=16, help="anchor pairs a step (paper: 32 on each of 8 GPUs)")
-    add("--warmup-batch-size", type=int, default=64, help="pairs a step of the warm-up phase")
-    add("--words-first", type=float, default=0.8, help="share of the warm-up that learns words (MLM) alone, before matching")
-    add("--mask-probability", type=float, default=0.15, help="of a phrase, for the negatives (paper: 0.15)")
-    add("--warmup-mask-probability", type=float, default=0.3, help="of a phrase, in the warm-up")
-    add("--accumulate", type=int, default=1, help="batches whose gradients make one optimiser step")
-    add("--recompute", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass: less memory, a third more work")
-    add("--warmup-lr", type=float, default=1e-3, help="peak learning rate of the warm-up phase")
-    add("--lr", type=float, default=6e-4, help="peak learning rate of the tags phase (paper: 5e-5)")
-    add("--dc-lr", type=float, default=2e-4, help="peak learning rate of the dc phase (paper: 1e-5)")
-    add("--pool", type=int, default=32, help="pairs among which hard negatives are retrieved (paper: 399)")
-    add("--hard", type=int, default=4, help="negatives kept of each kind (paper: 31)")
-    add("--maskings", type=int, default=4, help="maskings of each caption (paper: 20)")
-    add("--refills", type=int, default=4, help="refills of each masking (paper: 20)")
-    add("--temperature", type=float, default=2.0, help="of the refilling (paper: 1.5)")
-    add("--truth-threshold", type=float, default=0.1, help="likelier words are taken for true and not refilled (paper: 1, no such filter)")
-    add("--margin", type=float, default=0.2, help="of the triplet losses (paper: 0.2)")
-    for term, default, text in (("tags", 0.3, "synthetic triplet loss (paper: 5e-5 to 1e-3)"), ("mlm", 0.2, "masked LM (paper: 0.01 to 0.1)"),
-                                ("wod", 0.02, "word discrimination (paper: 5e-4)"), ("woc", 0.02, "word correction (paper: 5e-4)")):
-        add(f"--lambda-{term}", type=float, default=default, help=f"weight of {text}; 0 switches it off")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="run directory (default: runs/ and the name of the data)")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 autocast where the hardware has it")
-    add("--log-every", type=int, default=50, help="steps between two lines of the log")
-    add("--validations", type=int, default=4, help="validations in a phase")
-    add("--val-images", type=int, default=100, help="images of val that a validation looks at")
-    add("--analyse-images", type=int, default=200, help="test images whose generated negatives are analysed")
-    add("--score-batch", type=int, default=128, help="pairs in one pass without gradient (fit for a CPU; recipes: 2048, for a GPU)")
-    add("--save-scores", action="store_true", help="keep the test score matrix as scores.npy in the run directory")
-    known = vars(parser.parse_known_args(argv)[0])
-    name = known["out"] or f"runs/{Path(known['data']).stem.removeprefix('dataset_')}"
-    parser.set_defaults(out=name, **RECIPES.get(known["recipe"], {}))
-    if known["quick"]:
-        parser.set_defaults(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"], warmup_batch_size=16, analyse_images=30, log_every=20)
-    source = known["eval"] or known["checkpoint"] or (f"{name}/last.pt" if known["resume"] else None)
-    if source:  # what it was trained with
-        of_this_call = ("eval", "checkpoint", "query", "image", "resume", "out", *(() if known["resume"] else ("probe", "save_scores", "device")))
-        kept = load_checkpoint(source, own=True)["arguments"]
-        parser.set_defaults(**{k: v for k, v in kept.items() if k in known and k not in of_this_call}, out=str(Path(source).parent))
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        zero = name.startswith("lambda_") or name in ("dropout", "words_first", "seed")
-        if type(value) in (int, float) and not (0 <= value < math.inf if zero else 0 < value < math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be {'at least' if zero else 'above'} 0")
-    faults = {f"--dropout {args.dropout}: must be below 1": args.dropout >= 1,
-        f"--scenes {args.scenes}: each split needs an image": min(args.scenes) < 1,
-        "--warmup-batch-size 1: matching needs a second pair to be wrong": args.warmup_batch_size < 2,
-        "--checkpoint (a trained model: runs/scenes/best.pt) and --query or --image go together": bool(args.query or args.image) != bool(args.checkpoint),
-        f"--hard {args.hard} exceeds --maskings {args.maskings} times --refills {args.refills}: there are not that many candidates":
-            args.hard > args.maskings * args.refills,
-        f"--pool {args.pool} is smaller than --batch-size {args.batch_size}: the pool holds the anchors": args.pool < args.batch_size,
-        f"--phases {' '.join(args.phases)}: expected NAME=SHARE, a share above 0 and a name among {', '.join(PHASES)}":
-            not all(re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase) for phase in args.phases),
-        "--init goes without a warm-up, and --phases names no other phase": args.init and all(phase.startswith("warmup") for phase in args.phases)}
-    faults |= {f"{path}: no such file": not Path(path).is_file() for path in (args.phrases, *args.probe, None if source else args.init) if path}
-    for fault in [text for text, wrong in faults.items() if wrong]:
-        parser.error(fault)
-    return args
+def save_array(path, scores):
+    """A tensor as .npy under a name that need not end so."""
+    with open(path, "wb") as file:
+        np.save(file, scores.numpy())
 
-def hardware(args):
-    """(device, dtype) that --device and --dtype come to on this machine. Raises InputError if it lacks what was asked for."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in there if there[name]) if args.device == "auto" else args.device
+
+def search(args, data, model, device):
+    """--query: the test images that a sentence describes best; --image: the captions of one."""
+    split = final_split(data)
+    path = Path(args.out) / "search.png"
+    found = evaluate.search(
+        model, data, split, args.query, args.image, path, **scoring(args, device)
+    )
+    for score, text in found:
+        say(f"{score:.4f}  {text}")
+    say(f"drawn as {path}")
+
+
+# ---- main --------------------------------------------------------------------------------------
+
+
+def choose_hardware(args):
+    """(device, dtype) that --device and --dtype come to on this machine."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    device = args.device
+    if device == "auto":
+        device = next(name for name in there if there[name])
     if not there[device]:
-        raise datasets.InputError(f"--device {device}: PyTorch finds no such device here; use --device cpu")
-    cpu = Path("/proc/cpuinfo").read_text() if device == "cpu" and Path("/proc/cpuinfo").exists() else ""
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else "avx512_bf16" in cpu or "amx_bf16" in cpu
-    dtype = ("bfloat16" if fast else "float32") if args.dtype == "auto" else args.dtype
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, getattr(torch, dtype)
+        raise datasets.InputError(
+            f"--device {device}: PyTorch finds no such device here; use --device cpu"
+        )
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    return device, dtype
 
-def make_model(args, data, given):
-    """The network for this data: from a checkpoint of ours or official weights if `given`, else fresh. Raises InputError."""
-    sizes = dict(vocab_size=len(data.tokenizer.tokens), feature_size=data.feature_size, dropout=args.dropout)
-    if given is None:
-        return TagsDC(Config.preset(args.size, **sizes))
-    own = "config" in given
+
+def make_model(args, data, state):
+    """The network: from our checkpoint or official weights if there are any, else fresh."""
+    sizes = {"vocab_size": len(data.tokenizer.tokens), "feature_size": data.regions.feature_size}
+    if state is None:
+        return TagsDC(Config.preset(args.size, dropout=args.dropout, **sizes))
+    source = args.eval or args.checkpoint or args.init
     try:
-        config = Config(**given["config"] | dict(dropout=args.dropout)) if own else Config.from_uniter(given, args.heads, args.dropout)
-        for field in ("vocab_size", "feature_size"):
-            if getattr(config, field) != sizes[field]:
-                raise ValueError(f"its {field} is {getattr(config, field)}, the data's {sizes[field]}: give the vocab.txt and features of these weights")
+        if "config" in state:
+            config = Config(**state["config"] | {"dropout": args.dropout})
+        else:
+            config = Config.from_uniter(
+                state, args.heads, args.dropout, vocab_size=sizes["vocab_size"]
+            )
+        for field, size in sizes.items():
+            if getattr(config, field) != size:
+                raise ValueError(
+                    f"its {field} is {getattr(config, field)}, the data's {size}: give the"
+                    " vocab.txt and the features that these weights were made with"
+                )
         model = TagsDC(config)
-        report = {} if own else model.load_uniter(given)
-    except ValueError as fault:
-        raise datasets.InputError(f"{args.init or args.eval or args.checkpoint}: {fault}") from None
-    if own:
-        model.load_state_dict(given["model"])
-        model.uniter_extras = given["extras"]
-    for what, names in report.items():
-        say(f"{args.init}: {what} {len(names)} entries" + (f", {'; '.join(names[:4])}{'; ...' if names[4:] else ''}" if names and what != "loaded" else ""))
+        if "config" in state:
+            for name, values in state["model"].items():
+                if not values.isfinite().all():
+                    raise ValueError(f"{name} holds numbers that are not finite")
+            model.load_state_dict(state["model"])
+        else:
+            for what, names in model.load_uniter(state).items():
+                say(f"{source}: {what} {len(names)} entries{', '.join(['', *names[:4]])}")
+    except (ValueError, RuntimeError, TypeError, KeyError) as fault:
+        raise datasets.InputError(f"{source}: {first_line(fault)}") from None
     return model
 
-def main(argv=None):
-    """The command; returns its exit code."""
-    try:
-        return run(parse_arguments(argv)) or 0
-    except (datasets.InputError, OSError) as fault:
-        print(f"tagsdc.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        dist.destroy_process_group() if dist.is_initialized() else None
 
-def run(args):
-    """Loads data and model, then trains, evaluates or searches. Returns an exit code if the run was interrupted."""
-    device, args.dtype = hardware(args)
-    if "LOCAL_RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=8 * dist.constants.default_pg_timeout)
-    source = args.eval or args.checkpoint or (f"{args.out}/last.pt" if args.resume else None)
-    state = load_checkpoint(source, own=True) if source else None
-    given = load_checkpoint(args.init) if args.init and not state else state
-    torch.manual_seed(args.seed + world()[0])
-    (store := Path(args.out) / "data" / Path(args.data).stem).mkdir(parents=True, exist_ok=True)
-    if world()[0] > 0:
-        dist.barrier()  # the first process converts the data, for hours if need be, the others then find it done
-    known = given or {}
-    data = datasets.load_scenes(args.seed, args.scenes, store, known.get("tokens")) if args.data == "scenes" else datasets.load_data(
-        args.data, args.root, args.features, args.phrases, args.skip_bad, known.get("tokens"), known.get("config", {}).get("feature_size"), store)
-    if world()[1] > 1 and world()[0] == 0:
+def load_any(args, state):
+    """The data of a run, its region features in the folder `data` of the run or, if those of a
+    checkpoint are the same, of the checkpoint's.
+
+    Of several processes the first one converts the region features, for hours if need be; the
+    others wait, and then find the store in place.
+    """
+    tokens = state.get("tokens") if state else None
+    feature_size = state["config"]["feature_size"] if state and "config" in state else None
+    inner = Path("data") / Path(args.data).stem
+    store = Path(args.out) / inner
+    elsewhere = [Path(path).parent / inner for path in (args.eval, args.checkpoint) if path]
+    if rank() > 0:
+        dist.barrier()
+    if args.data == "scenes":
+        data = datasets.load_scenes(args.seed, args.scenes, store, tokens, elsewhere)
+    else:
+        data = datasets.load_data(
+            args.data,
+            args.root,
+            args.features,
+            args.phrases,
+            args.skip_bad,
+            tokens,
+            feature_size,
+            store,
+            elsewhere,
+        )
+    if rank() == 0 and dist.is_initialized():
         dist.barrier()
     for note in data.notes:
         say(note)
-    model = make_model(args, data, given).to(device)
-    model.checkpointing = args.recompute
-    if args.query or args.image:
-        return search(args, data, model, device)
-    if not args.eval:
-        if "train" not in data.splits:
-            raise datasets.InputError(f"{args.data}: no captions of the train split to learn from; --eval CHECKPOINT needs none")
-        training = Run(args, data, model, device)
-        if args.resume:
-            training.resume(state)
-        if not training.train():
-            say(f"interrupted; {args.out}/last.pt is saved, --resume goes on")
-            return 128 + training.signal
-        state = dict(training.at, seconds=training.at["seconds"] + time.time() - training.started)
-    return finish(args, data, model, device, state)
+    return data
+
+
+def run(args, signals):
+    """Loads data and model, then trains, evaluates or searches."""
+    device, args.dtype = choose_hardware(args)
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        waiting = 8 * dist.constants.default_pg_timeout
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=waiting)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed + rank())
+    if args.query or args.image or args.eval:
+        state = load_checkpoint(args.eval or args.checkpoint, own=True)
+        data = load_any(args, state)
+        model = make_model(args, data, state).to(device)
+        if args.eval:
+            finish(args, data, model, device, state["progress"])
+        else:
+            search(args, data, model, device)
+        return
+    with only_run_in(out) if rank() == 0 else contextlib.nullcontext():
+        train(args, device, signals)
+
+
+def train(args, device, signals):
+    """A training run from its first step or, with --resume, from its last checkpoint."""
+    out = Path(args.out)
+    last = out / "last.pt"
+    saved = load_checkpoint(last, own=True) if args.resume and last.exists() else None
+    if saved is None and rank() == 0:
+        arguments = vars(args) | {"dtype": str(args.dtype).split(".")[-1]}
+        text = json.dumps({"arguments": arguments}, indent=1)
+        datasets.write_atomically(out / "run.json", lambda part: part.write_text(text))
+        last.unlink(missing_ok=True)  # of an earlier run, which is not to be gone on with
+    # A checkpoint brings its vocabulary and sizes along, so it is read before data and model.
+    start = saved or (load_checkpoint(args.init) if args.init else None)
+    data = load_any(args, start)
+    if "train" not in data.splits:
+        raise datasets.InputError(
+            f"{args.data}: no captions of the train split to learn from; --eval needs none"
+        )
+    model = make_model(args, data, start).to(device)
+    model.recompute = args.recompute
+    trainer = Trainer(args, data, model, device, signals)
+    if saved:
+        trainer.resume(saved)
+    trainer.train()
+    finish(args, data, model, device, {name: getattr(trainer, name) for name in trainer.PROGRESS})
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    signals = Signals()
+    try:
+        with signals.installed():
+            run(parse_arguments(argv), signals)
+        return 0
+    except torch.cuda.OutOfMemoryError:
+        text = "out of memory on the GPU: lower --score-batch, --batch-size, --maskings or --hard,"
+        print(f"tagsdc.py: error: {text} or give --recompute", file=sys.stderr)
+        return 2
+    except (datasets.InputError, OSError) as fault:
+        print(f"tagsdc.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print("interrupted; what is saved stays whole, --resume goes on", file=sys.stderr)
+        return 128 + stop.number
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     sys.exit(main())

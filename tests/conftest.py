@@ -1,4 +1,5 @@
 """The modules lie beside this folder. One thread: in tests so small a second one only waits for a busy core."""
+
 import sys
 from pathlib import Path
 

@@ -1,12 +1,17 @@
 """The encoder and its heads: masks, positions, batching, the tie to the word embeddings, gradients."""
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from losses import triplet_loss
-from model import Config, TagsDC
+import model as model_module
+from model import Config, TagsDC, attend, autocast, fast_dtype
 
 TEXT_LENGTHS, REGION_COUNTS = (5, 3, 6), (2, 4, 1)
-SIZES = dict(vocab_size=40, feature_size=6, hidden=16, layers=3, heads=2, intermediate=24, max_positions=12)
+SIZES = dict(
+    vocab_size=40, feature_size=6, hidden=16, layers=3, heads=2, intermediate=24, max_positions=12
+)
 
 
 def make_model(dropout=0.0):
@@ -36,12 +41,16 @@ def make_batch(seed=0):
 
 def one_pair(batch, i, extra_text=0, extra_regions=0):
     """Pair i as a batch of its own, cut to its lengths or followed by `extra` positions of padding noise."""
-    ids, features, boxes, text_mask, region_mask = (x[i:i + 1] for x in batch)
-    t, r = TEXT_LENGTHS[i], REGION_COUNTS[i]
-    return (torch.cat((ids[:, :t], torch.full((1, extra_text), 7)), 1),
-            torch.cat((features[:, :r], 9 * torch.ones(1, extra_regions, 6)), 1),
-            torch.cat((boxes[:, :r], torch.ones(1, extra_regions, 7)), 1),
-            torch.arange(t + extra_text)[None] < t, torch.arange(r + extra_regions)[None] < r)
+    ids, features, boxes, _, _ = (x[i : i + 1] for x in batch)
+    t = TEXT_LENGTHS[i]
+    r = REGION_COUNTS[i]
+    return (
+        torch.cat((ids[:, :t], torch.full((1, extra_text), 7)), 1),
+        torch.cat((features[:, :r], 9 * torch.ones(1, extra_regions, 6)), 1),
+        torch.cat((boxes[:, :r], torch.ones(1, extra_regions, 7)), 1),
+        torch.arange(t + extra_text)[None] < t,
+        torch.arange(r + extra_regions)[None] < r,
+    )
 
 
 def real_rows(hidden, batch):
@@ -49,7 +58,12 @@ def real_rows(hidden, batch):
 
 
 def close(a, b, tolerance=1e-5):
-    return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
+    """True if no entry differs by more than this share of the largest one."""
+    if a.shape != b.shape:
+        return False
+    if a.numel() == 0:
+        return True
+    return (a - b).abs().max().item() <= tolerance * b.abs().max().item()
 
 
 # ---- shapes and sizes
@@ -68,7 +82,10 @@ def test_presets_base_and_large_are_uniter():
     base, large = (Config.preset(name, vocab_size=28996) for name in ("base", "large"))
     assert (base.hidden, base.layers, base.heads, base.intermediate) == (768, 12, 12, 3072)
     assert (large.hidden, large.layers, large.heads, large.intermediate) == (1024, 24, 16, 4096)
-    assert base.feature_size == large.feature_size == 2048 and base.max_positions == large.max_positions == 512
+    assert (
+        base.feature_size == large.feature_size == 2048
+        and base.max_positions == large.max_positions == 512
+    )
     assert Config.preset("tiny", vocab_size=9, hidden=64).hidden == 64
 
 
@@ -95,9 +112,22 @@ def test_what_lies_in_the_padding_has_no_influence(model, what, half):
     batch = ids, features, boxes, text_mask, region_mask = make_batch()
     noise, real = torch.Generator().manual_seed(1), region_mask[..., None]
     changed = {
-        "words": (torch.where(text_mask, ids, torch.randint(40, ids.shape, generator=noise)), features, boxes),
-        "features": (ids, torch.where(real, features, 50 * torch.randn(features.shape, generator=noise)), boxes),
-        "boxes": (ids, features, torch.where(real, boxes, 50 * torch.rand(boxes.shape, generator=noise)))}[what]
+        "words": (
+            torch.where(text_mask, ids, torch.randint(40, ids.shape, generator=noise)),
+            features,
+            boxes,
+        ),
+        "features": (
+            ids,
+            torch.where(real, features, 50 * torch.randn(features.shape, generator=noise)),
+            boxes,
+        ),
+        "boxes": (
+            ids,
+            features,
+            torch.where(real, boxes, 50 * torch.rand(boxes.shape, generator=noise)),
+        ),
+    }[what]
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         before, after = model(*batch), model(*changed, text_mask, region_mask)
     assert not torch.equal(before, after), "the padding was not changed at all"
@@ -124,7 +154,7 @@ def test_the_order_of_a_batch_does_not_matter(model):
 def test_a_batch_of_two_equals_two_of_one_and_an_empty_one_is_empty(model):
     batch = make_batch()
     two = model(*(x[:2] for x in batch))
-    assert close(two, torch.cat([model(*(x[i:i + 1] for x in batch)) for i in range(2)]))
+    assert close(two, torch.cat([model(*(x[i : i + 1] for x in batch)) for i in range(2)]))
     none = model(*(x[:0] for x in batch))
     assert none.shape == (0, 10, 16) and model.match(none).shape == (0,)
 
@@ -151,7 +181,9 @@ def test_regions_have_no_order_but_words_have(model):
     turned = model(ids, features.flip(1), boxes.flip(1), None, None)
     assert close(hidden[:, :6], turned[:, :6]) and close(hidden[:, 6:], turned[:, 6:].flip(1))
     swapped = ids[:, [0, 2, 1, 3, 4, 5]]
-    assert not close(model.match(hidden), model.match(model(swapped, features, boxes, None, None)), 1e-3)
+    assert not close(
+        model.match(hidden), model.match(model(swapped, features, boxes, None, None)), 1e-3
+    )
 
 
 @torch.no_grad()
@@ -160,7 +192,9 @@ def test_every_box_coordinate_matters(model, coordinate):
     ids, features, boxes, text_mask, region_mask = batch = make_batch()
     moved = boxes.clone()
     moved[:, 0, coordinate] += 0.5
-    change = model.match(model(ids, features, moved, text_mask, region_mask)) - model.match(model(*batch))
+    change = model.match(model(ids, features, moved, text_mask, region_mask)) - model.match(
+        model(*batch)
+    )
     assert (change.abs() > 1e-4).all()
 
 
@@ -181,12 +215,16 @@ def test_every_real_word_and_region_reaches_the_score_whatever_else_is_in_the_ba
         for j in range(4):
             altered = features.clone()
             altered[:, j] += 1
-            change = (model.match(model(ids, altered, boxes, text_mask, region_mask)) - scores).abs()
+            change = (
+                model.match(model(ids, altered, boxes, text_mask, region_mask)) - scores
+            ).abs()
             assert ((change > 1e-4) == region_mask[:, j]).all()
         for j in range(6):
             altered = ids.clone()
             altered[:, j] = altered[:, j] % 39 + 1
-            change = (model.match(model(altered, features, boxes, text_mask, region_mask)) - scores).abs()
+            change = (
+                model.match(model(altered, features, boxes, text_mask, region_mask)) - scores
+            ).abs()
             assert ((change > 1e-4) == text_mask[:, j]).all()
 
 
@@ -219,10 +257,18 @@ def test_every_parameter_takes_part():
     model = make_model()
     hidden = model(*make_batch())
     words = hidden[:, :6]
-    loss = (model.match(hidden).sum() + model.fill(words).pow(2).sum() + model.correct(words).pow(2).sum()
-            + model.discriminate(words).pow(2).sum())
+    loss = (
+        model.match(hidden).sum()
+        + model.fill(words).pow(2).sum()
+        + model.correct(words).pow(2).sum()
+        + model.discriminate(words).pow(2).sum()
+    )
     loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6] == []
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 1e-6
+    ] == []
 
 
 # ---- the fast path
@@ -231,8 +277,10 @@ def test_every_parameter_takes_part():
 def prepared(model, masked=True):
     """The batch as Prepared texts and images."""
     ids, features, boxes, text_mask, region_mask = make_batch()
-    return (model.prepare_text(ids, text_mask if masked else None),
-            model.prepare_regions(features, boxes, region_mask if masked else None))
+    return (
+        model.prepare_text(ids, text_mask if masked else None),
+        model.prepare_regions(features, boxes, region_mask if masked else None),
+    )
 
 
 def pair_index():
@@ -245,22 +293,61 @@ def scored_both_ways(model, masked, batch_size=None):
     t, i = pair_index()
     texts, images = prepared(model, masked)
     masks = (text_mask[t], region_mask[i]) if masked else (None, None)
-    return model.score_pairs(texts, t, images, i, batch_size), model.match(model(ids[t], features[i], boxes[i], *masks))
+    return model.score_pairs(texts, t, images, i, batch_size), model.match(
+        model(ids[t], features[i], boxes[i], *masks)
+    )
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    """Each within this share of its largest entry. The bias of a layer's keys is left to `vanishing`:
+    it adds the same to all scores of a query, so that its gradient is 0 but for rounding."""
+    vanishing = {name for name in found.keys() | expected.keys() if name.endswith("key.bias")}
+    assert found.keys() - vanishing == expected.keys() - vanishing
+    for name in expected.keys() - vanishing:
+        assert close(found[name], expected[name], tolerance), name
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for gradients in (found, expected):
+        assert all(gradients[n].abs().max() <= 1e-5 * largest for n in vanishing & gradients.keys())
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("masked", [True, False])
 def test_score_pairs_is_match_of_forward_gradients_included(masked, layers):
     torch.manual_seed(0)
-    model, gradients = TagsDC(Config(**{**SIZES, "layers": layers}, dropout=0.0)), []
+    model = TagsDC(Config(**{**SIZES, "layers": layers}, dropout=0.0))
     fast, plain = scored_both_ways(model, masked)
     assert close(fast, plain)
-    for scores in (fast, plain):
-        model.zero_grad()
-        (scores * torch.arange(1, 8)).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(close(gradients[0][name], gradients[1][name], 1e-4) for name in gradients[0])
+    found, expected = (
+        gradients_of(model, (scores * torch.arange(1, 8)).sum()) for scores in (fast, plain)
+    )
+    assert_same_gradients(found, expected)
+
+
+@torch.no_grad()
+def test_score_pairs_gives_the_same_without_packing(model, monkeypatch):
+    """As on a GPU, which is not asked for lengths: pairs in their order, padding and all."""
+    expected = scored_both_ways(model, True)[1]
+    (texts, images), (t, i) = prepared(model), pair_index()
+    widths = []
+    encode = model.encode
+
+    def watched(x, *rest):
+        widths.append(x.size(1))
+        return encode(x, *rest)
+
+    monkeypatch.setattr(model, "encode", watched)
+    assert close(model.score_pairs(texts, t, images, i, 2), expected)
+    assert widths == sorted(widths) and widths[0] < 10, "nothing was packed"
+    monkeypatch.setattr(model_module, "can_pack", lambda device: False)
+    del widths[:]
+    assert close(model.score_pairs(texts, t, images, i, 2), expected)
+    assert widths == [10] * 4
 
 
 @torch.no_grad()
@@ -271,13 +358,25 @@ def test_score_pairs_does_not_depend_on_its_batch_size(model, batch_size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text_padded, regions_padded", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "text_padded, regions_padded", [(True, True), (True, False), (False, True)]
+)
 def test_padding_may_lie_anywhere_and_in_either_modality(model, text_padded, regions_padded):
     ids, features, boxes, text_mask, region_mask = make_batch()
-    text_mask[:, 2], region_mask[:, 0] = False, region_mask.sum(1) == 1  # holes
-    text_mask, region_mask = text_mask if text_padded else None, region_mask if regions_padded else None
+    text_mask[:, 2] = False  # holes
+    region_mask[:, 0] = region_mask.sum(1) == 1
+    text_mask, region_mask = (
+        text_mask if text_padded else None,
+        region_mask if regions_padded else None,
+    )
     t, i = pair_index()
-    fast = model.score_pairs(model.prepare_text(ids, text_mask), t, model.prepare_regions(features, boxes, region_mask), i, 3)
+    fast = model.score_pairs(
+        model.prepare_text(ids, text_mask),
+        t,
+        model.prepare_regions(features, boxes, region_mask),
+        i,
+        3,
+    )
     masks = text_mask[t] if text_padded else None, region_mask[i] if regions_padded else None
     assert close(fast, model.match(model(ids[t], features[i], boxes[i], *masks)))
 
@@ -293,16 +392,80 @@ def test_encode_pairs_is_forward(model):
 @torch.no_grad()
 def test_the_first_of_the_prepared_can_be_taken_alone(model):
     (texts, images), row = prepared(model), torch.arange(2)
-    assert close(model.score_pairs(texts.first(2), row, images.first(2), row), model.match(model(*make_batch()))[:2])
+    assert close(
+        model.score_pairs(texts.first(2), row, images.first(2), row),
+        model.match(model(*make_batch()))[:2],
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_encode_places_is_encode_pairs_at_chosen_places_gradients_included(layers, masked):
+    torch.manual_seed(0)
+    model = TagsDC(Config(**{**SIZES, "layers": layers}, dropout=0.0))
+    t, i = pair_index()
+    places = torch.tensor([1, 6 * 6, 3 * 6 + 2, 3 * 6 + 2, 0, 6 * 6 + 4])  # pair * T + position
+    texts, images = prepared(model, masked)
+    some = model.encode_places(texts, t, images, i, places)
+    every = model.encode_pairs(texts, t, images, i)[:, :6].flatten(0, 1)[places]
+    assert close(some, every)
+    weight = torch.randn(some.shape)
+    expected = gradients_of(model, (every * weight).sum())
+    texts, images = prepared(model, masked)
+    some = model.encode_places(texts, t, images, i, places)
+    assert_same_gradients(gradients_of(model, (some * weight).sum()), expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [1, 3])
-def test_encode_pairs_at_chosen_places_alone(layers):
-    torch.manual_seed(0)
-    model = TagsDC(Config(**{**SIZES, "layers": layers})).eval()
-    (texts, images), (t, i), at = prepared(model), pair_index(), (torch.tensor([0, 6, 3, 3]), torch.tensor([1, 0, 2, 2]))
-    assert close(model.encode_pairs(texts, t, images, i, at), model.encode_pairs(texts, t, images, i)[at])
+def test_no_places_no_hidden_states(model):
+    (texts, images), (t, i) = prepared(model), pair_index()
+    none = torch.zeros(0, dtype=torch.long)
+    assert model.encode_places(texts, t, images, i, none).shape == (0, 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_prepared_once_is_what_each_layer_would_make(model, half):
+    """Query, key and value of the first layer, handed over or made there."""
+    (texts, images), (t, i) = prepared(model), pair_index()
+    with autocast("cpu", torch.bfloat16 if half else torch.float32):
+        fast = model.encode_pairs(texts, t, images, i)
+        x = torch.cat((texts.states[t], images.states[i]), 1)
+        mask = torch.cat((texts.mask[t], images.mask[i]), 1)
+        assert close(fast, model.encode(x, mask), 2e-2 if half else 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_by_plain_products_is_the_fused_one(masked):
+    """In bfloat16 on a CPU; the float32 result is rounded no worse than that of fused attention."""
+    q, k, v = torch.randn(3, 5, 2, 7, 8).unbind(0)
+    mask = (
+        (torch.arange(7) < torch.tensor([7, 1, 3, 5, 6])[:, None])[:, None, None]
+        if masked
+        else None
+    )
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0)
+    assert found.dtype == torch.bfloat16 and close(found.float(), expected, 2e-2)
+    assert close(attend(q, k, v, mask, 0.0), expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_weights_are_dropped_out_in_training_alone(half):
+    """Also for [CLS] alone and in bfloat16, where attention is written out."""
+    model = make_model()
+    for layer in model.layers:
+        layer.attention.dropout = 0.5  # and nothing else
+
+    def scores():
+        with torch.no_grad(), autocast("cpu", torch.bfloat16 if half else torch.float32):
+            return scored_both_ways(model, True)
+
+    fast, plain = scores()
+    assert all(torch.equal(a, b) for a, b in zip(scores(), (fast, plain)))
+    model.train()
+    assert not close(scores()[0], fast, 1e-2) and not close(scores()[1], plain, 1e-2)
 
 
 def test_no_pairs_no_scores(model):
@@ -335,25 +498,36 @@ def test_dropout_acts_in_train_mode_alone():
     assert torch.equal(model(*batch), model(*batch)) and close(model(*batch), without(*batch))
     model.train()
     assert not close(model(*batch), model(*batch), 1e-2)
-    states = torch.cat([model.prepare_text(batch[0]).states, model.prepare_regions(*batch[1:3]).states], 1)
-    assert (states == 0).float().mean().item() == pytest.approx(0.3, abs=0.08), "the embeddings are not dropped out"
+    states = torch.cat(
+        [model.prepare_text(batch[0]).states, model.prepare_regions(*batch[1:3]).states], 1
+    )
+    assert (states == 0).float().mean().item() == pytest.approx(0.3, abs=0.08), (
+        "the embeddings are not dropped out"
+    )
     assert close(without.train()(*batch), without.eval()(*batch))
 
 
-def test_checkpointing_saves_memory_and_changes_no_gradient():
+def test_recomputing_saves_memory_and_changes_no_gradient():
     gradients, stored = [], []
-    for checkpointing in (False, True):
+    for recompute in (False, True):
         model = make_model(dropout=0.2).train()
-        model.checkpointing = checkpointing
+        model.recompute = recompute
         torch.manual_seed(1)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             scores = model.match(model(*make_batch()))
         stored.append(sum(kept))
         scores.sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert stored[1] < stored[0] / 2
-    assert len(gradients[0]) == len(gradients[1]) and all(close(a, b, 1e-6) for a, b in zip(*gradients))
+    assert len(gradients[0]) == len(gradients[1]) and all(
+        close(a, b, 1e-6) for a, b in zip(*gradients)
+    )
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -362,7 +536,9 @@ def test_bfloat16_autocast_is_close_and_scores_stay_float32(gradient):
     model, gradients = make_model(), []
     exact = scored_both_ways(model, True)[0]
     exact.sum().backward()
-    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    gradients.append(
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    )
     model.zero_grad()
     with torch.set_grad_enabled(gradient), torch.autocast("cpu", torch.bfloat16):
         fast, plain = scored_both_ways(model, True)
@@ -372,5 +548,43 @@ def test_bfloat16_autocast_is_close_and_scores_stay_float32(gradient):
     assert not torch.equal(fast, fast.bfloat16().float())
     if gradient:
         fast.sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
         assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("route", ["score_pairs", "encode_pairs", "encode_places"])
+def test_recomputing_changes_nothing_on_any_route(route):
+    gradients = []
+    for recompute in (False, True):
+        model = make_model(dropout=0.2).train()
+        model.recompute = recompute
+        torch.manual_seed(1)
+        (texts, images), (t, i) = prepared(model), pair_index()
+        places = [torch.tensor([0, 3, 9])] if route == "encode_places" else []
+        result = getattr(model, route)(texts, t, images, i, *places)
+        gradients.append(gradients_of(model, result.pow(2).sum()))
+    assert_same_gradients(gradients[1], gradients[0])
+
+
+def test_the_dtype_of_auto_is_one_that_autocast_takes():
+    assert fast_dtype("cpu") in (torch.float32, torch.bfloat16)
+    assert fast_dtype("mps") == torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast("cpu", dtype):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("flags : avx2 fma", torch.float32),
+        ("flags : avx512_bf16", torch.bfloat16),
+        ("flags : amx_bf16", torch.bfloat16),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(model_module.Path, "exists", lambda path: True)
+    monkeypatch.setattr(model_module.Path, "read_text", lambda path: flags)
+    assert fast_dtype("cpu") == dtype

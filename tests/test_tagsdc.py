@@ -1,19 +1,28 @@
-"""The command, end to end, in miniature: what it writes, that it learns, resumes, repeats itself and refuses bad input."""
+"""The command, end to end, in miniature: what it writes, that it learns, resumes, repeats itself
+and refuses bad input."""
+
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import tagsdc
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--scenes 60 10 10 --steps 12 --batch-size 4 --warmup-batch-size 8 --pool 8 --hard 3 --maskings 2 --refills 3 --val-images 5 "
-         "--analyse-images 4 --log-every 2 --validations 3 --dtype float32 --device cpu --phases warmup=4 tags=4 dc=4").split()
+SMALL = (
+    "--scenes 60 10 10 --steps 12 --batch-size 4 --warmup-batch-size 8 --pool 8 --hard 3"
+    " --maskings 2 --refills 3 --val-images 5 --analyse-images 4 --log-every 2 --validations 3"
+    " --dtype float32 --device cpu --phases warmup=4 tags=4 dc=4"
+).split()
+COMMAND = [sys.executable, str(ROOT / "tagsdc.py"), *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +33,16 @@ def world(tmp_path_factory):
     return out
 
 
+def share_data(out, world):
+    """The drawn scenes of `world` in another run directory."""
+    out.mkdir(exist_ok=True)
+    (out / "data").symlink_to(world / "data")
+    return out
+
+
 def rerun(out, world, *options):
     """The small run again elsewhere, on the same drawn scenes."""
-    (out / "data").parent.mkdir(exist_ok=True)
-    (out / "data").symlink_to(world / "data")
-    return tagsdc.main([*SMALL, "--out", str(out), *options])
+    return tagsdc.main([*SMALL, "--out", str(share_data(out, world)), *options])
 
 
 def metrics(out):
@@ -40,10 +54,30 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
+def weights(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)["model"]
+
+
+def assert_same_run(one, other):
+    """The same weights to the last bit, the same log and the same metrics."""
+    for name in ("last.pt", "best.pt"):
+        mine, theirs = weights(one, name), weights(other, name)
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert (one / "log.csv").read_text() == (other / "log.csv").read_text()
+    for part in ("test", "val", "warmup"):
+        assert metrics(one)[part] == metrics(other)[part], part
+
+
+# ---- a whole run -------------------------------------------------------------------------------
+
+
 def test_a_run_leaves_everything_it_promises(world):
-    assert {"log.csv", "metrics.json", "last.pt", "best.pt", "negatives.png", "curves.png", "scores.npy"} <= {p.name for p in world.iterdir()}
-    assert {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"} <= metrics(world)["test"].keys()
-    assert metrics(world)["warmup"]["rsum"] > 0 and metrics(world)["arguments"]["hard"] == 3
+    promised = "log.csv metrics.json last.pt best.pt negatives.png curves.png scores.npy".split()
+    assert set(promised) <= {path.name for path in world.iterdir()}
+    recall = {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}
+    assert recall <= metrics(world)["test"].keys()
+    assert metrics(world)["warmup"]["rsum"] > 0
+    assert metrics(world)["arguments"]["hard"] == 3
     phases = [row["phase"] for row in rows(world)]
     assert sorted(set(phases), key=phases.index) == ["warmup", "tags", "dc"]
     assert not list(world.glob("*.part"))
@@ -51,162 +85,432 @@ def test_a_run_leaves_everything_it_promises(world):
 
 def test_the_same_seed_gives_the_same_result(world, tmp_path):
     rerun(tmp_path / "same", world)
-    assert metrics(tmp_path / "same")["test"] == metrics(world)["test"]
-    assert [r["loss"] for r in rows(tmp_path / "same")] == [r["loss"] for r in rows(world)]
-
-
-def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
-    def kill(self, *_, original=tagsdc.Run.report):
-        original(self, *_)
-        if self.at["phase"] == 1:
-            self.signal = signal.SIGTERM
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tagsdc.Run, "report", kill)
-        assert rerun(tmp_path / "cut", world) == 143
-    assert tagsdc.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    assert metrics(tmp_path / "cut")["test"] == metrics(world)["test"]
-
-
-def test_a_signal_in_the_last_step_costs_nothing(world, tmp_path):
-    def kill(self, *arguments, original=tagsdc.Run.report):
-        self.asked = signal.SIGTERM if self.at["phase"] == 2 and arguments[-1] else 0
-        original(self, *arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tagsdc.Run, "report", kill)
-        assert rerun(tmp_path / "cut", world) == 143
-    assert tagsdc.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    assert metrics(tmp_path / "cut")["test"] == metrics(world)["test"]
+    assert_same_run(tmp_path / "same", world)
 
 
 def test_a_term_is_logged_as_the_mean_over_the_steps_that_had_it(world, tmp_path):
+    shape = "--phases warmup=1 --steps 4 --words-first 0.75 --log-every".split()
     for every in ("1", "2"):
-        rerun(tmp_path / every, world, "--phases", "warmup=1", "--steps", "4", "--words-first", "0.75", "--log-every", every)
-    assert rows(tmp_path / "2")[-1]["itm"] == rows(tmp_path / "1")[-1]["itm"], "only the last of the four steps learns matching"
-
-
-def test_a_checkpoint_brings_its_vocabulary_to_another_world(world, tmp_path):
-    assert tagsdc.main([*SMALL, "--seed", "1", "--init", str(world / "best.pt"), "--out", str(tmp_path)]) == 0
-    own, other = (torch.load(out / "best.pt", weights_only=True)["tokens"] for out in (world, tmp_path))
-    assert own == other
-
-
-def test_eval_reproduces_the_final_figures(world, capsys):
-    assert tagsdc.main(["--eval", str(world / "best.pt"), "--device", "cpu"]) == 0  # in float32, as it was trained
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("RSum")]
-    assert [row[-1] for row in rows] == [f"{metrics(world)['test']['rsum']:.2f}"]
-
-
-@pytest.mark.parametrize("option, lost", [("--lambda-tags", "tags"), ("--lambda-mlm", "mlm"), ("--lambda-wod", "wod"), ("--lambda-woc", "woc")])
-def test_a_weight_of_zero_takes_the_term_out_of_the_plan(option, lost):
-    plan = tagsdc.phase_plan(tagsdc.parse_arguments([option, "0"]))
-    assert all(lost not in weights for phase, _, weights, _ in plan if phase != "warmup")
-    assert sum(steps for _, steps, _, _ in plan) == 7000
-
-
-def test_without_synthetic_terms_nothing_is_generated(world, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(tagsdc.generate, "refill_masks", lambda *_, original=tagsdc.generate.refill_masks, **__: made.append(1) or original(*_, **__))
-    monkeypatch.setattr(tagsdc, "test_report", lambda *_: ({"rsum": 0.0}, None, None))
-    monkeypatch.setattr(tagsdc, "finish", lambda *_: None)
-    rerun(tmp_path / "base", world, "--lambda-tags", "0", "--lambda-wod", "0", "--lambda-woc", "0")
-    assert not made
-
-
-def test_negatives_are_drawn_and_scored_in_eval_mode_and_learned_from_in_train_mode(world, tmp_path, monkeypatch):
-    modes = []
-    encode = tagsdc.TagsDC._encode
-    monkeypatch.setattr(tagsdc.TagsDC, "_encode", lambda self, *a, **k: modes.append((torch.is_grad_enabled(), self.training)) or encode(self, *a, **k))
-    rerun(tmp_path / "run", world, "--dropout", "0.1", "--phases", "dc=1", "--steps", "2")
-    assert set(modes) == {(False, False), (True, True)}
-
-
-def test_the_best_validation_of_the_last_phase_is_what_is_reported(world):
-    best = torch.load(world / "best.pt", weights_only=True)
-    highest = max(float(row["val_rsum"] or 0) for row in rows(world) if row["phase"] == "dc")
-    assert metrics(world)["val"]["rsum"] == best["val"]["rsum"] == pytest.approx(highest, abs=0.01)
-
-
-def test_a_phase_s_own_heads_are_trained_however_good_the_phase_before_was(world, tmp_path, monkeypatch):
-    falling = iter(range(99, 0, -1))
-    monkeypatch.setattr(tagsdc.evaluate, "retrieval_metrics", lambda *_: dict.fromkeys(("rsum", "tr_r1", "ir_r1"), float(next(falling))))
-    rerun(tmp_path / "run", world, "--log-every", "1")
-    best, done = torch.load(tmp_path / "run" / "best.pt", weights_only=True), [row for row in rows(tmp_path / "run") if row["val_rsum"]]
-    phases = [row["phase"] for row in done]
-    assert best["phase"] == 2 and best["val"]["rsum"] == 98.0 - phases.index("dc"), "the warm-up's report takes one"
-    assert [row["step"] for row in done if row["phase"] == "dc"] == ["10", "11", "12"], "not before half of it: the heads are new"
-
-
-def test_each_direction_of_the_retrieval_loss_goes_under_its_own_name():
-    model = tagsdc.TagsDC(tagsdc.Config(20, 6, 16, 1, 2, 16, 16, 0.0))
-    ids, none, every = torch.randint(5, 20, (2, 4)), torch.zeros(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)
-    batch = dict(input_ids=ids, masked=ids[:, None], features=torch.randn(2, 3, 6), boxes=torch.rand(2, 3, 7), region_mask=torch.ones(2, 3, dtype=torch.bool))
-    tokenizer, other = type("Tokenizer", (), {"pad_id": 0}), torch.tensor([[1], [0]])
-    _, seen = tagsdc.Objective(model, tokenizer, tagsdc.parse_arguments([]))(batch, {"hard": 1.0}, ((other, none), (other, every)), None)
-    assert seen["hard_image"] == 0 < seen["hard_text"], "only captions were retrieved"
-
-
-def test_query_and_image_search(world, capsys):
-    assert tagsdc.main(["--checkpoint", str(world / "best.pt"), "--query", "a small red star above a blue ring"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    scores = [float(line.split()[0]) for line in lines if line[:2] in ("0.", "1.")]
-    assert len(scores) == 6 and scores == sorted(scores, reverse=True) and (world / "search.png").exists()
-    assert tagsdc.main(["--checkpoint", str(world / "best.pt"), "--image", "scene_test_0003"]) == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if line[:2] in ("0.", "1.")]) == 6
-
-
-@pytest.mark.parametrize("options, words", [
-    ("--hard 50 --maskings 2 --refills 3", "--hard 50"), ("--pool 3", "--pool 3"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
-    ("--dropout 1", "--dropout"), ("--phases warmup", "--phases"), ("--phases tags=0.0", "above 0"), ("--query x", "--checkpoint"), ("--checkpoint {best}", "--query"), ("--size huge", "huge"),
-    ("--eval nothing.pt", "nothing.pt"), ("--init nothing.pt", "nothing.pt"), ("--init {readme} --phases warmup=1", "no other phase"), ("--data coco --root nowhere", "dataset_coco.json"), ("--init {readme}", "README.md"),
-    ("--device mps", "mps"), ("--resume --out {out}", "last.pt")])
-def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
-    options = options.format(readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt").split()
-    try:
-        code = tagsdc.main([*([] if "--data" in options or "--eval" in options else ["--scenes", "60", "10", "10"]), "--out", str(tmp_path), *options]
-                           if "--out" not in options else options)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    error = capsys.readouterr().err.strip()
-    assert code == 2 and words in error.splitlines()[-1] and "Traceback" not in error
-
-
-def test_official_weights_start_a_run(world, tmp_path):
-    model = torch.load(world / "best.pt", weights_only=True)
-    network = tagsdc.TagsDC(tagsdc.Config(**model["config"]))
-    torch.save({k: v for k, v in network.export_uniter().items() if not k.startswith(("rank", "disc"))}, tmp_path / "uniter.pt")
-    assert rerun(tmp_path / "run", world, "--init", str(tmp_path / "uniter.pt"), "--heads", "4") == 0
-    assert [row["phase"] for row in rows(tmp_path / "run")][0] == "tags" and metrics(tmp_path / "run")["warmup"] is None
-    (tmp_path / "uniter.pt").unlink()  # what a run began with is not needed to evaluate or search it
-    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
+        rerun(tmp_path / every, world, *shape, every)
+    last = [rows(tmp_path / every)[-1]["itm"] for every in ("1", "2")]
+    assert last[0] == last[1], "only the last of the four steps learns matching"
 
 
 def test_training_learns(world, tmp_path):
     """The masked-LM loss of a longer warm-up falls well below where it began."""
-    tagsdc.main([*SMALL, "--out", str(world), "--phases", "warmup=1", "--steps", "150", "--log-every", "25", "--val-images", "2",
-                 "--warmup-batch-size", "16", "--out", str(tmp_path)])
-    losses = [float(row["mlm"]) for row in rows(tmp_path)]
+    shape = "--phases warmup=1 --steps 150 --log-every 25 --val-images 2 --warmup-batch-size 16"
+    rerun(tmp_path / "run", world, *shape.split())
+    losses = [float(row["mlm"]) for row in rows(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_ctrl_c_saves_and_exits_with_130(world, tmp_path):
-    (tmp_path / "data").symlink_to(world / "data")
-    command = subprocess.Popen([sys.executable, "tagsdc.py", *SMALL, "--steps", "100000", "--out", str(tmp_path)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in command.stdout:
+def test_the_best_validation_of_the_last_phase_is_what_is_reported(world):
+    best = torch.load(world / "best.pt", weights_only=True)["progress"]["best"]
+    validated = [row for row in rows(world) if row["phase"] == "dc" and row["val_rsum"]]
+    highest = max(float(row["val_rsum"]) for row in validated)
+    assert metrics(world)["val"]["rsum"] == best["rsum"] == pytest.approx(highest, abs=0.01)
+
+
+def test_a_phase_s_own_heads_are_trained_however_good_the_phase_before_was(
+    world, tmp_path, monkeypatch
+):
+    falling = iter(range(99, 0, -1))
+    names = ("rsum", "tr_r1", "ir_r1")
+    monkeypatch.setattr(
+        tagsdc.evaluate,
+        "retrieval_metrics",
+        lambda *_: dict.fromkeys(names, float(next(falling))),
+    )
+    monkeypatch.setattr(tagsdc, "test_report", lambda *_: ({"rsum": 0.0}, None, None))
+    monkeypatch.setattr(tagsdc, "finish", lambda *_: None)
+    rerun(tmp_path / "run", world, "--log-every", "1")
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["progress"]
+    validated = [row for row in rows(tmp_path / "run") if row["val_rsum"]]
+    first = [row["phase"] for row in validated].index("dc")
+    assert best["phase"] == 2 and best["best"]["rsum"] == 99.0 - first
+    steps = [row["step"] for row in validated if row["phase"] == "dc"]
+    assert steps and int(steps[0]) > 10, "not before half of it: the heads are new"
+
+
+def test_negatives_are_drawn_and_scored_in_eval_mode_and_learned_from_in_train_mode(
+    world, tmp_path, monkeypatch
+):
+    modes = set()
+    layer = tagsdc.TagsDC.prepare_text
+
+    def record(self, *arguments):
+        modes.add((torch.is_grad_enabled(), self.training))
+        return layer(self, *arguments)
+
+    monkeypatch.setattr(tagsdc.TagsDC, "prepare_text", record)
+    rerun(tmp_path / "run", world, *"--dropout 0.1 --phases dc=1 --steps 2".split())
+    assert modes == {(False, False), (True, True)}
+
+
+def test_without_synthetic_terms_nothing_is_generated(world, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tagsdc.generate, "tailor_negatives", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(tagsdc, "test_report", lambda *_: ({"rsum": 0.0}, None, None))
+    monkeypatch.setattr(tagsdc, "finish", lambda *_: None)
+    rerun(tmp_path / "base", world, *"--lambda-tags 0 --lambda-wod 0 --lambda-woc 0".split())
+    assert not made
+
+
+@pytest.mark.parametrize("term", ["tags", "mlm", "wod", "woc"])
+def test_a_weight_of_zero_takes_the_term_out_of_the_plan(term):
+    plan = tagsdc.phase_plan(tagsdc.parse_arguments([f"--lambda-{term}", "0"]))
+    assert all(term not in weights for phase, _, weights, _ in plan if phase != "warmup")
+    assert sum(steps for _, steps, _, _ in plan) == tagsdc.DEFAULTS["steps"]
+
+
+def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path):
+    rerun(tmp_path / "run", world, "--frozen-writer")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    moved = [
+        name
+        for name in state["model"]
+        if not torch.equal(state["model"][name], state["writer"][name])
+    ]
+    assert "text.word.weight" in moved
+    rerun(tmp_path / "cut", world, "--frozen-writer", "--phases", "warmup=1", "--steps", "4")
+    kept = weights(tmp_path / "cut", "best.pt")
+    assert all(torch.equal(kept[name], value) for name, value in state["writer"].items())
+
+
+# ---- interruption and resumption ---------------------------------------------------------------
+
+
+def interrupted_at(call, monkeypatch, out, world):
+    """A run in which SIGTERM comes when `call` = (method of Trainer, n-th call)."""
+    method, nth = call
+    original = getattr(tagsdc.Trainer, method)
+    calls = []
+
+    def kill(self, *arguments):
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tagsdc.Trainer, method, kill)
+        return rerun(out, world)
+
+
+MOMENTS = [("optimise", 1), ("optimise", 7), ("optimise", 12), ("validate", 2), ("end_phase", 1)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_run_resumes_to_the_same_result(moment, monkeypatch, world, tmp_path):
+    assert interrupted_at(moment, monkeypatch, tmp_path / "cut", world) == 143
+    assert tagsdc.main(["--resume", "--out", str(tmp_path / "cut"), "--device", "cpu"]) == 0
+    assert_same_run(tmp_path / "cut", world)
+
+
+def start(out, *options):
+    return subprocess.Popen(
+        [*COMMAND, "--out", str(out), *options],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
+    out = share_data(tmp_path / "cut", world)
+    process = start(out)
+    for line in process.stdout:
+        if line.startswith("tags"):
+            break
+    process.kill()
+    process.wait()
+    assert tagsdc.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
+    assert_same_run(out, world)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(world, tmp_path):
+    out = tmp_path / "cut"
+    process = start(out)
+    while not (out / "run.json").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert tagsdc.main(["--resume", "--out", str(out)]) == 0
+    assert_same_run(out, world)
+
+
+def test_ctrl_c_saves_and_exits_with_130_even_where_the_shell_ignored_it(world, tmp_path):
+    out = share_data(tmp_path / "cut", world)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits
+    process = start(out, "--steps", "100000")
+    signal.signal(signal.SIGINT, before)
+    for line in process.stdout:
         if line.startswith("warmup"):
             break
-    command.send_signal(signal.SIGINT)
-    assert command.wait(60) == 130 and (tmp_path / "last.pt").exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert (out / "last.pt").exists() and not list(out.glob("*.part"))
 
 
-@pytest.mark.parametrize("recipe, lr, steps, tags, mlm, more", [
-    ("coco-base-1", 5e-5, 5000, 5e-5, 0.01, {}), ("coco-base-2", 1e-5, 1500, 1e-4, 0.05, dict(lambda_wod=5e-4, lambda_woc=5e-4)),
-    ("flickr-base-1", 5e-5, 5000, 5e-4, 0.05, dict(temperature=2.0, batch_size=16)), ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, {}),
-    ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)), ("flickr-large-2", 1e-5, 1500, 1e-3, 0.05, dict(hard=23))])
+def test_a_second_run_in_one_directory_is_refused(world, tmp_path, capsys):
+    with tagsdc.only_run_in(tmp_path):
+        assert tagsdc.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatch, capsys):
+    out = share_data(tmp_path / "run", world)
+    save = torch.save
+    sizes = []
+
+    def full(state, path):
+        if state["progress"]["step"] == 4:
+            Path(path).write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file: no space left on device")
+        save(state, path)
+        sizes.append(os.path.getsize(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert tagsdc.main([*SMALL, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "last.pt" in error and "space" in error and "Traceback" not in error
+    assert os.path.getsize(out / "last.pt") == sizes[-1] and not list(out.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--size small", "--size tiny"),
+        ("--data other.json", "--data scenes"),
+        ("--lr 1", "--lr"),
+        ("--steps 6", "--steps"),
+    ],
+)
+def test_what_would_change_a_run_is_refused_when_it_goes_on(
+    options, words, world, tmp_path, monkeypatch, capsys
+):
+    interrupted_at(("optimise", 9), monkeypatch, tmp_path / "cut", world)
+    code = exit_code(["--resume", "--out", str(tmp_path / "cut"), *options.split()])
+    assert code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- numbers that go wrong ---------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    world, tmp_path, monkeypatch, capsys
+):
+    step = tagsdc.training_step
+    calls = []
+
+    def spoiled(objective, *arguments):
+        loss, seen = step(objective, *arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            loss = loss * float("nan")
+        return loss, seen
+
+    monkeypatch.setattr(tagsdc, "training_step", spoiled)
+    rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "4")
+    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [1, 0]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    assert "skipped 1" in capsys.readouterr().out
+
+
+def test_twenty_such_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
+    step = tagsdc.training_step
+
+    def spoiled(objective, *arguments):
+        loss, seen = step(objective, *arguments)
+        return loss * float("nan"), seen | {"mlm": seen["mlm"] * float("nan")}
+
+    monkeypatch.setattr(tagsdc, "training_step", spoiled)
+    code = rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "40")
+    error = capsys.readouterr().err
+    assert code == 2 and "step 20" in error and "mlm" in error and "learning rate" in error
+
+
+def test_collapse_and_empty_negatives_are_told_once(world, tmp_path, monkeypatch, capsys):
+    step = tagsdc.training_step
+
+    def collapsed(*arguments):
+        loss, seen = step(*arguments)
+        for name, value in (("positive", 0.5), ("retrieved", 0.5), ("kept", 0.0)):
+            seen[name] = torch.tensor(value)
+        return loss, seen
+
+    monkeypatch.setattr(tagsdc, "training_step", collapsed)
+    rerun(tmp_path / "run", world, *"--phases tags=1 --steps 6".split())
+    out = capsys.readouterr().out
+    assert out.count("score alike") == 1 and out.count("usable as a negative") == 1
+
+
+# ---- evaluation and search ---------------------------------------------------------------------
+
+
+def test_eval_reproduces_the_final_figures(world, capsys):
+    assert tagsdc.main(["--eval", str(world / "best.pt"), "--device", "cpu"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rsum = [line[-1] for line in lines if line[:1] == ["RSum"]]
+    assert rsum == [f"{metrics(world)['test']['rsum']:.2f}"]
+
+
+def test_a_checkpoint_that_was_moved_is_evaluated_and_nothing_but_out_is_written(
+    world, tmp_path, capsys
+):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "mine.pt").write_bytes((world / "best.pt").read_bytes())
+    out = tmp_path / "out"
+    assert tagsdc.main(["--eval", str(moved / "mine.pt"), "--out", str(out)]) == 0
+    assert [path.name for path in moved.iterdir()] == ["mine.pt"]
+    assert (out / "negatives.png").exists()
+    search = ["--checkpoint", str(moved / "mine.pt"), "--query", "a red star above a blue ring"]
+    assert tagsdc.main([*search, "--out", str(out)]) == 0
+    assert [path.name for path in moved.iterdir()] == ["mine.pt"]
+
+
+def test_a_checkpoint_brings_its_vocabulary_to_another_world(world, tmp_path):
+    options = ["--seed", "1", "--init", str(world / "best.pt"), "--out", str(tmp_path)]
+    assert tagsdc.main([*SMALL, *options]) == 0
+    own, other = (torch.load(out / "best.pt", weights_only=True) for out in (world, tmp_path))
+    assert own["tokens"] == other["tokens"]
+
+
+def found_scores(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [float(line.split()[0]) for line in lines if line[:2] in ("0.", "1.")]
+
+
+def test_query_and_image_search(world, capsys):
+    checkpoint = ["--checkpoint", str(world / "best.pt")]
+    assert tagsdc.main([*checkpoint, "--query", "a small red star above a blue ring."]) == 0
+    scores = found_scores(capsys)
+    assert len(scores) == 6 and scores == sorted(scores, reverse=True)
+    assert (world / "search.png").exists()
+    name = data.load_scenes(0, (60, 10, 10), world / "data" / "scenes").splits["test"].images[3]
+    assert tagsdc.main([*checkpoint, "--image", name]) == 0
+    assert len(found_scores(capsys)) == 6
+
+
+def test_official_weights_start_a_run(world, tmp_path):
+    state = torch.load(world / "best.pt", weights_only=True)
+    network = tagsdc.TagsDC(tagsdc.Config(**state["config"]))
+    network.load_state_dict(state["model"])
+    official = network.export_uniter()
+    official = {k: v for k, v in official.items() if not k.startswith(("rank", "disc"))}
+    torch.save(official, tmp_path / "uniter.pt")
+    options = ["--init", str(tmp_path / "uniter.pt"), "--heads", "4"]
+    assert rerun(tmp_path / "run", world, *options) == 0
+    assert rows(tmp_path / "run")[0]["phase"] == "tags"
+    assert metrics(tmp_path / "run")["warmup"] is None
+    (tmp_path / "uniter.pt").unlink()  # what a run began with is not needed to evaluate it
+    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+def exit_code(options):
+    try:
+        return tagsdc.main(options)
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+BAD = [
+    ("--hard 50 --maskings 2 --refills 3", "--hard 50"),
+    ("--pool 3", "--pool 3"),
+    ("--steps 0", "--steps"),
+    ("--lr nan", "--lr"),
+    ("--dropout 1", "--dropout"),
+    ("--words-first 2", "--words-first"),
+    ("--mask-probability 1.5", "--mask-probability"),
+    ("--temperature 0", "--temperature"),
+    (f"--seed {10**30}", "--seed"),
+    ("--phases warmup", "--phases"),
+    ("--phases tags=0.0", "above 0"),
+    ("--query x", "--checkpoint"),
+    ("--checkpoint {best}", "--query"),
+    ("--heads 4", "--init"),
+    ("--size huge", "--size"),
+    ("--scenes 10 10", "--scenes"),
+    ("--eval nothing.pt", "nothing.pt"),
+    ("--init nothing.pt", "nothing.pt"),
+    ("--init {readme} --phases warmup=1", "no other phase"),
+    ("--init {readme}", "README.md"),
+    ("--data coco --root nowhere", "dataset_coco.json"),
+    ("--device mps", "mps"),
+    ("--resume --out {out}", "run.json"),
+    ("--checkpoint {best} --query zebra", "zebra"),
+    ("--checkpoint {best} --image nothing", "nothing"),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
+    fill_in = dict(readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt")
+    options = options.format(**fill_in).split()
+    if "--data" not in options and "--eval" not in options and "--scenes" not in options:
+        options += ["--scenes", "60", "10", "10"] if "--checkpoint" not in options else []
+    if "--out" not in options:
+        options += ["--out", str(tmp_path)]
+    code = exit_code(options)
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and words in error.splitlines()[-1] and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", 3, None, [1, 2], {"epoch": 1}, {"arguments": {}}, {"text.word.weight": "x"}],
+    ids=str,
+)
+def test_what_is_no_checkpoint_gets_one_line(content, world, tmp_path, capsys):
+    path = tmp_path / "odd.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    share_data(tmp_path, world)
+    for option in ("--eval", "--init"):
+        code = exit_code([*SMALL, option, str(path), "--out", str(tmp_path)])
+        error = capsys.readouterr().err.strip()
+        assert code == 2 and "odd.pt" in error and len(error.splitlines()) == 1
+        assert "weights_only" not in error
+
+
+def test_a_checkpoint_of_other_features_or_words_says_which_field_differs(world, tmp_path, capsys):
+    state = torch.load(world / "best.pt", weights_only=True)
+    state["config"]["feature_size"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    share_data(tmp_path, world)
+    code = exit_code([*SMALL, "--init", str(tmp_path / "other.pt"), "--out", str(tmp_path)])
+    assert code == 2 and "feature_size" in capsys.readouterr().err
+
+
+# ---- recipes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe, lr, steps, tags, mlm, more",
+    [
+        ("coco-base-1", 5e-5, 5000, 5e-5, 0.01, {}),
+        ("coco-base-2", 1e-5, 1500, 1e-4, 0.05, dict(lambda_wod=5e-4, lambda_woc=5e-4)),
+        ("flickr-base-1", 5e-5, 5000, 5e-4, 0.05, dict(temperature=2.0, batch_size=16)),
+        ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, {}),
+        ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)),
+        ("coco-large-2", 1e-5, 5000, 1e-3, 0.05, dict(size="large", hard=31)),
+        ("flickr-large-1", 5e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)),
+        ("flickr-large-2", 1e-5, 1500, 1e-3, 0.05, dict(hard=23)),
+    ],
+)
 def test_recipes_are_the_release_s_schedules(recipe, lr, steps, tags, mlm, more):
     args = tagsdc.parse_arguments(["--recipe", recipe])
     ((phase, planned, weights, peak),) = tagsdc.phase_plan(args)
-    assert (phase, planned, peak, weights["tags"], weights["mlm"]) == ("tags" if recipe[-1] == "1" else "dc", steps, lr, tags, mlm)
-    assert ("wod" in weights) == (phase == "dc") and (args.pool, args.maskings, args.refills, args.dropout) == (399, 20, 20, 0.1)
+    assert (phase, planned, peak) == ("tags" if recipe[-1] == "1" else "dc", steps, lr)
+    assert (weights["tags"], weights["mlm"]) == (tags, mlm)
+    assert ("wod" in weights) == (phase == "dc")
+    assert (args.pool, args.maskings, args.refills, args.dropout) == (399, 20, 20, 0.1)
+    assert (args.writer_sees, args.truth_threshold) == ("own", 1.0)
     assert vars(args).items() >= more.items()
-    assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5, "what is said on the command line goes before a recipe"
+    assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5
