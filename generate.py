@@ -34,7 +34,8 @@ class Negatives(NamedTuple):
     """What `tailor_negatives` keeps of a batch."""
 
     sentences: torch.Tensor  # (B, H, T) ids; all padding where not valid
-    valid: torch.Tensor  # (B, H) bool; False = the caption ran out of usable candidates
+    valid: torch.Tensor  # (B, H) bool; False = the caption ran out of usable candidates, and the
+    #   sentence has no real token: an attention mask must leave its encoder one, or NaN comes back
     labels: torch.Tensor  # (B, H, T) ids; the original word where it was replaced, else -1
 
 
@@ -42,21 +43,29 @@ def mask_phrases(
     input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None
 ):
     """Masks whole phrases of each caption, M times over.
-
     input_ids: (B, T) integers. phrases: (B, P, T) bool, which token belongs to which phrase; of a
         caption without any, and of all if phrases is None, every word is a phrase.
     vocabulary_range: (first, end) of the ordinary words; special tokens are never masked.
     probability: of each phrase; if none of a caption is drawn, one at random is.
     Returns masked ids and labels, both (B, M, T); a label is the original word where it was
-    masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random word, 10% themselves.
-    """
+    masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random one, 10% themselves."""
     first, end = vocabulary_range
     if not first < end:
         raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
-    phrases = complete_phrases(phrases, ordinary)
-    B, P, T = phrases.shape
+    B, T = input_ids.shape
     device = input_ids.device
+    # Phrases of ordinary words alone; a caption without any gets one for each word.
+    words = torch.eye(T, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
+    if phrases is None:
+        phrases = words
+    elif phrases.dim() == 3 and phrases.size(0) == B and phrases.size(2) == T:
+        phrases = phrases & ordinary[:, None]  # (B, P, T)
+        without = ~phrases.flatten(1).any(1)  # (B,)
+        phrases = torch.cat((phrases, words & without[:, None, None]), 1)
+    else:
+        raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
+    P = phrases.size(1)
 
     # A token that lies in f phrases brings each of them probability / f; a phrase's chance is
     # the mean over its tokens.
@@ -64,7 +73,6 @@ def mask_phrases(
     share = probability / member.sum(1, keepdim=True).clamp(min=1)  # (B, 1, T)
     chance = (member * share).sum(2) / member.sum(2).clamp(min=1)  # (B, P)
     chosen = torch.rand(B, maskings, P, device=device, generator=generator) < chance[:, None]
-
     # One phrase at random where none was chosen: the highest of random tickets, empty ones last.
     tickets = torch.rand(B, maskings, P, device=device, generator=generator)
     tickets = tickets.masked_fill(~phrases.any(2)[:, None], -1.0)
@@ -81,19 +89,6 @@ def mask_phrases(
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
 
-def complete_phrases(phrases, ordinary):
-    """Phrases of ordinary words (B, T) alone; a caption without any gets a phrase a word."""
-    B, T = ordinary.shape
-    words = torch.eye(T, dtype=torch.bool, device=ordinary.device) & ordinary[:, None]  # (B, T, T)
-    if phrases is None:
-        return words
-    if phrases.dim() != 3 or phrases.size(0) != B or phrases.size(2) != T:
-        raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
-    phrases = phrases & ordinary[:, None]  # (B, P, T)
-    without = ~phrases.flatten(1).any(1)  # (B,)
-    return torch.cat((phrases, words & without[:, None, None]), 1)  # (B, P + T, T)
-
-
 def refill_masks(
     fill,
     masked,
@@ -107,7 +102,6 @@ def refill_masks(
     generator=None,
 ):
     """Draws every masked position anew from softmax(logits / temperature), K times.
-
     masked, labels: (B, M, T) from `mask_phrases`; labels may lie on the CPU.
     truth_threshold: a word that the own image makes more probable than this is likely true of it,
         and not drawn unless it is the original; 1 = off, as in the paper.
@@ -115,8 +109,7 @@ def refill_masks(
         in the paper. Looking at another (`other_images`) it writes fluent sentences that are false
         of its own (README), which a truth_threshold then asks too: one more pass over the masks.
     chunk_size: sentences in one call of `fill`.
-    Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ...
-    """
+    Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ..."""
     first, end = vocabulary_range
     if not first < end:
         raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
@@ -127,8 +120,9 @@ def refill_masks(
     own_images = torch.arange(B, device=device).repeat_interleave(M)  # (B * M,)
     images = own_images
     if writer_images is not None:
+        if writer_images.shape != (B, M):
+            raise ValueError(f"writer_images must be ({B}, {M}), got {tuple(writer_images.shape)}")
         images = writer_images.flatten().to(device, non_blocking=True)
-
     candidates = []
     for start in range(0, B * M, chunk_size):
         chunk = slice(start, start + chunk_size)
@@ -188,29 +182,23 @@ def is_true(sentences, captions, pad_id=0):
     return (sentences[:, :, None] == captions[:, None]).all(3).any(2)
 
 
-def is_repeat(candidates):
-    """Which of the candidates (B, N, T) equal an earlier one of their row -> (B, N) bool."""
-    B, N, T = candidates.shape
-    factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
-    keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
-    # Equal ones have equal keys: each is compared with the earliest of its row that has its key.
-    in_order, order = keys.sort(dim=1, stable=True)
-    earliest = order.gather(1, torch.searchsorted(in_order, keys))  # (B, N)
-    same = (candidates == candidates.gather(1, earliest[..., None].expand(B, N, T))).all(2)
-    return same & (earliest < torch.arange(N, device=candidates.device))
-
-
 def drop_non_negatives(candidates, captions, pad_id=0):
     """Which candidates (B, N, T) are no caption (B, C, T') of their row and no repeat -> (B, N)."""
-    return ~is_true(candidates, captions, pad_id) & ~is_repeat(candidates)
+    N, T = candidates.shape[1:]
+    factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
+    keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
+    # Equal sentences have equal keys, others all but never: each is a repeat if it is not the
+    # earliest of its row that has its key.
+    in_order, order = keys.sort(dim=1, stable=True)
+    earliest = order.gather(1, torch.searchsorted(in_order, keys))  # (B, N)
+    new = earliest == torch.arange(N, device=candidates.device)
+    return new & ~is_true(candidates, captions, pad_id)
 
 
 def score_candidates(match, candidates, usable, chunk_size):
     """Matching logits (B, N) of the candidates (B, N, T), each with its own image.
-
     On a CPU the usable ones alone are scored, which often spares half of the work, and 0 stands
-    for the others. A GPU would have to be waited for to learn which they are: there all are.
-    """
+    for the others. A GPU would have to be waited for to learn which they are: there all are."""
     B, N, T = candidates.shape
     flat = candidates.flatten(0, 1)  # (B * N, T)
     wanted = torch.arange(B * N, device=flat.device)
@@ -220,6 +208,8 @@ def score_candidates(match, candidates, usable, chunk_size):
     for start in range(0, len(wanted), chunk_size):
         chunk = wanted[start : start + chunk_size]
         logits = match(flat[chunk], chunk // N).float()
+        if logits.shape != chunk.shape:
+            raise ValueError(f"match must return ({len(chunk)},), got {tuple(logits.shape)}")
         if logits.device.type == "cpu" and logits.isnan().any():
             raise ValueError("match gave NaN: no hardest sentence can be selected")
         scores[chunk] = logits
@@ -227,12 +217,9 @@ def score_candidates(match, candidates, usable, chunk_size):
 
 
 def select_hardest(scores, valid, h):
-    """The h highest-scoring usable candidates of each row.
-
+    """The h highest-scoring usable candidates of each row; ValueError if h > N.
     scores: (B, N) float, those not finite are not usable. valid: (B, N) bool, the usable ones.
-    Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out of
-    candidates. Raises ValueError if h > N.
-    """
+    Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out."""
     if h > scores.size(1):
         raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
     usable = valid & scores.isfinite()
@@ -263,14 +250,12 @@ def tailor_negatives(
     generator=None,
 ):
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select.
-
     fill, match, input_ids, phrases: see the top of the file and `mask_phrases`.
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
     masks: (masked, labels) of `mask_phrases`, so that the masked-LM loss can share them; None =
         drawn here. The other arguments: as above. hard is at most maskings * refills.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
-    equal none of `captions`; the others are all padding with labels of -1.
-    """
+    equal none of `captions`; the others are all padding with labels of -1."""
     if masks is None:
         masks = mask_phrases(
             input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator
@@ -329,12 +314,13 @@ LONG_PREPOSITION = re.compile(
     r"(in (the )?(middle|center|front|back) of|on (top|the side) of|next to|close to"
     r"|(out|off|ahead) of|(in|out)side of|in between|(in|on) to|because of|away from)\b"
 )
-KINDS = {"N": "object", "A": "attribute", "V": "relation", "P": "relation"}
+# Over the tags: a preposition of several words is P, p, p .., T is "to" before a verb. Those before
+# an object or a verb stand alone (a man in a hat, a tool for cutting), others belong to their verb.
+PHRASE = re.compile(r"(?P<object>N+)|(?P<attribute>A)|(?P<relation>V(?:Pp*)*|[PT]p*(?=[XA]*[NV]))")
 
 
 def parse_phrases(words):
     """Words -> [(type, [word positions])], in order, disjoint.
-
     Objects are nouns with the nouns before them; attributes adjectives, numbers and participles,
     each alone; relations verbs with their prepositions, and prepositions between objects. Other
     words are never masked.
@@ -344,13 +330,20 @@ def parse_phrases(words):
     joined = join_hyphens(words)
     words = [word for word, _ in joined]
     tags = tag_words(words)
+    for n in range(len(words)):
+        several = LONG_PREPOSITION.match(" ".join(words[n : n + 4]))
+        if several:
+            end = n + len(several[0].split())
+            tags[n:end] = "P" + "p" * (end - n - 1)
+        elif words[n] == "to" and tags[n : n + 2] == ["P", "V"]:
+            tags[n] = "T"
+        elif words[n] == ".":
+            tags[n] = "."
     phrases = []
-    start = 0
-    while start < len(words):
-        tag, end = next_phrase(words, tags, start)
-        if tag in KINDS:
-            phrases.append((KINDS[tag], [n for _, part in joined[start:end] for n in part]))
-        start = end
+    for match in PHRASE.finditer("".join(tags)):
+        if match[0][0] not in "PT" or "N" in tags[: match.start()]:
+            part = joined[match.start() : match.end()]
+            phrases.append((match.lastgroup, [n for _, positions in part for n in positions]))
     return phrases
 
 
@@ -368,8 +361,8 @@ def join_hyphens(words):
 
 
 def tag_words(words):
-    """The tags of words in their context; behind the last one follow three X."""
-    tags = [tag_word(word) for word in words] + ["X", "X", "X"]
+    """The tags of words in their context; behind the last one follows X."""
+    tags = [tag_word(word) for word in words] + ["X"]
     for n, word in enumerate(words):
         before = tags[n - 1] if n > 0 else "P"
         previous = words[n - 1] if n > 0 else ""
@@ -405,36 +398,3 @@ def tag_verb(word, previous, before, after):
     if before == "N" and not PARTICIPLE.search(word) and word[-1] not in "sn":
         return "V" if previous[-1] in "sn" else "N"  # a bus stop, but: dogs run
     return "V"
-
-
-def next_phrase(words, tags, start):
-    """The tag of the phrase that begins at a word, and the word behind its end."""
-    end = start + preposition_length(words, tags, start)
-    if end > start:  # between objects: a man in a hat, a tool for cutting
-        return ("P" if stands_between(words, tags, start, end) else "X"), end
-    end = start + 1
-    if tags[start] == "N":
-        while tags[end] == "N":
-            end += 1
-    elif tags[start] == "V":
-        while words[end : end + 1] != ["to"] or tags[end + 1] != "V":  # wants | to eat
-            length = preposition_length(words, tags, end)
-            if length == 0:
-                break
-            end += length
-    return tags[start], end
-
-
-def preposition_length(words, tags, n):
-    """How many words from n on make a preposition: 0, 1 or more ("in front of")."""
-    several = LONG_PREPOSITION.match(" ".join(words[n : n + 4]))
-    if several:
-        return len(several[0].split())
-    return int(tags[n] == "P")
-
-
-def stands_between(words, tags, start, end):
-    """True if a preposition has an object before it, and behind it an object or a verb."""
-    while end < len(words) and tags[end] in "XA" and words[end] != ".":
-        end += 1
-    return "N" in tags[:start] and tags[end] in "NV"

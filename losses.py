@@ -4,11 +4,9 @@
 
 Letters: P pairs of a pool, the first B of them the anchors, H negatives of an anchor, M maskings
 of its caption, T text positions, V words of the vocabulary, q masked words of the whole batch.
-Every mask: True = real / usable. Every label: -1 = no target here. s(I, T) is the sigmoid of a
-matching logit; [x]+ is max(x, 0). A term without any target is 0 and passes a zero gradient.
-
-`count`, an argument of every term, is what its sum is divided by; None is the number of its own
-usable entries. Only `joint_count`, which `Objective` calls, talks to other processes.
+Every mask: True = real / usable, None = all are. Every label: -1 = no target here. s(I, T) is the
+sigmoid of a matching logit; [x]+ is max(x, 0). `count` is what the sum of a term is divided by,
+None = the number of its usable entries. A term without any is 0 and passes a zero gradient.
 """
 
 import math
@@ -17,14 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-FLOOR = math.log(1e-10)  # the official code clamps probabilities at 1e-10 before the logarithm
+FLOOR = math.log(1e-10)  # as in the official code p is at least 1e-10, and has no gradient below
 
 
-def masked_mean(values, valid, count=None):
-    """(sum of the valid values) / count, a scalar; whatever is not valid may be NaN.
-
-    values: (...) float. valid: (...) bool. count: scalar, None = how many are valid, at least 1.
-    """
+def masked_mean(values, valid=None, count=None):
+    """(sum of the valid values) / count: values (...) float, valid (...) bool -> scalar.
+    What is not valid may be NaN. count None: how many are valid, at least 1."""
+    if valid is None:
+        valid = torch.ones_like(values, dtype=torch.bool)
     if values.shape != valid.shape:
         raise ValueError(f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}")
     if count is None:
@@ -34,65 +32,42 @@ def masked_mean(values, valid, count=None):
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None, count=None):
     """L_hard, L_tags (3.2, 3.3): mean of [margin + s(negative) - s(positive)]+ over all negatives.
-
     positive: (B,) float, matching scores of the true pairs, in 0..1.
-    negatives: (B, H) float, the scores that must lie `margin` below.
-    valid: (B, H) bool, None = all are usable.
-    Raises ValueError when the shapes do not fit.
-    """
-    if positive.dim() != 1 or negatives.dim() != 2 or negatives.size(0) != positive.size(0):
+    negatives: (B, H) float, the scores that must lie `margin` below. valid: (B, H) bool."""
+    if positive.dim() != 1 or negatives.dim() != 2 or len(negatives) != len(positive):
         shapes = f"{tuple(positive.shape)} and {tuple(negatives.shape)}"
         raise ValueError(f"positive must be (B,) and negatives (B, H), got {shapes}")
-    if valid is None:
-        valid = torch.ones_like(negatives, dtype=torch.bool)
     hinge = (margin + negatives.float() - positive.float()[:, None]).clamp(min=0)  # (B, H)
     return masked_mean(hinge, valid, count)
 
 
 def matching_loss(logits, matches, valid=None, count=None):
     """Warm-up (UNITER's matching): mean of -log s for true pairs and -log(1 - s) for wrong ones.
-
-    logits: (N,) float. matches: (N,) bool or float, 1 = true pair. valid: (N,) bool, None = all.
-    """
-    if valid is None:
-        valid = torch.ones_like(logits, dtype=torch.bool)
+    logits: (N,) float. matches: (N,) bool or float, 1 = true pair. valid: (N,) bool."""
     cost = F.binary_cross_entropy_with_logits(logits.float(), matches.float(), reduction="none")
     return masked_mean(cost, valid, count)
 
 
 def masked_lm_loss(logits, labels, count=None):
     """L_mlm (3.3): mean of -log p(original word) over the masked positions.
-
-    logits: (..., V) float, of all positions or of the masked alone.
-    labels: (...) long, the original word where it was masked, -1 elsewhere.
-    """
-    labels = labels.flatten()
+    logits: (..., V) float, of all positions or of the masked alone. labels: (...) integers."""
+    labels = labels.flatten().long()
     cost = F.cross_entropy(logits.float().flatten(0, -2), labels, ignore_index=-1, reduction="none")
     return masked_mean(cost, labels >= 0, count)
 
 
 def word_discrimination_loss(logits, replaced, text_mask, original_weight=0.11, count=None):
-    """L_wod (3.4): mean of -log p(replaced) where a word was replaced, and of
-    -original_weight * log p(original) at all other real positions.
-
-    Few words are replaced, hence the weight. As in the official code the sum is divided by the
-    number of real positions ([CLS] and [SEP] too), not by that of the weights, and p >= 1e-10.
-
-    logits: (B, T, 2) float, class 1 = original, 0 = replaced.
-    replaced: (B, T) bool. text_mask: (B, T) bool.
-    """
+    """L_wod (3.4): mean over the real positions, [CLS] and [SEP] too, of -log p(replaced) where a
+    word was replaced and, as few are, -original_weight * log p(original) elsewhere; p >= 1e-10.
+    logits: (B, T, 2) float, class 1 = original, 0 = replaced. replaced, text_mask: (B, T) bool."""
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
     cost = -torch.where(replaced, log_p[..., 0], original_weight * log_p[..., 1])  # (B, T)
     return masked_mean(cost, text_mask, count)
 
 
 def word_correction_loss(logits, labels, count=None):
-    """L_woc (3.4): mean of -log p(original word) over the replaced positions.
-
-    As in the official code p >= 1e-10, and below there is no gradient.
-
-    logits: (..., V) float. labels: (...) long, the original word, -1 = nothing to correct.
-    """
+    """L_woc (3.4): mean of -log p(original word) over the replaced positions, p >= 1e-10.
+    logits: (..., V) float. labels: (...) long."""
     log_p = logits.float().log_softmax(-1)  # (..., V)
     log_p = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (...)
     return masked_mean(-log_p.clamp(min=FLOOR), labels >= 0, count)
@@ -103,10 +78,8 @@ def word_correction_loss(logits, labels, count=None):
 
 def joint_count(valid):
     """How many entries are valid, a mean over the processes; None if there is only one.
-
-    A term divided by it has, averaged over the processes, the gradient of their joint batch,
-    however unevenly the valid entries lie. Every process must call it.
-    """
+    A term divided by it has, averaged over the processes, the gradient of their joint batch. Every
+    process must call it: of all functions here it alone talks to the others."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     total = valid.sum().float()
@@ -125,20 +98,16 @@ class Objective(torch.nn.Module):
         self.original_weight = original_weight
 
     def forward(self, batch, weights, retrieved, negatives):
-        """The terms of L (3.5).
-
+        """The terms of L (3.5): {term: scalar} and {diagnostic: scalar}.
         batch: input_ids (P, T), features, boxes and region_mask of P images; masked (B, M, T),
             places (q,) flat positions in it, targets (q,) the words there. For "itm" also
             wrong_images and wrong_texts (B,), indices into the pool, and wrong_valid (B,) bool,
             False where they are true after all (a batch of one, an equal caption).
         weights: {term: weight}; a term that is not in it costs nothing.
         retrieved: for "hard", images and captions, (index (B, H), valid (B, H) bool) each.
-        negatives: `generate.Negatives` of the anchors or None; it goes with "hard".
-        Returns {term: scalar} and {diagnostic: scalar}.
-        """
+        negatives: `generate.Negatives` of the anchors or None; it goes with "hard"."""
         texts = self.prepare(batch["input_ids"])
         images = self.model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
-        anchor_images = images.first(len(batch["masked"]))
         terms = {}
         diagnostics = {}
         if "itm" in weights:
@@ -147,11 +116,11 @@ class Objective(torch.nn.Module):
             positive, diagnostics = self.against_retrieved(texts, images, *retrieved)
             terms["hard"] = diagnostics["hard_image"] + diagnostics["hard_text"]
         if negatives is not None:
-            written, scores = self.against_written(anchor_images, positive, negatives, weights)
+            written, scores = self.against_written(images, positive, negatives, weights)
             terms |= written
             diagnostics |= scores
         if "mlm" in weights:
-            terms["mlm"] = self.masked_lm(anchor_images, batch)
+            terms["mlm"] = self.masked_lm(images, batch)
         return terms, diagnostics
 
     def prepare(self, input_ids):
@@ -162,14 +131,14 @@ class Objective(torch.nn.Module):
 
     def matching(self, texts, images, batch):
         """The true pair, one wrong caption and one wrong image of each anchor."""
-        B = len(batch["masked"])
-        row = torch.arange(B, device=batch["masked"].device)
+        wrong = batch["wrong_valid"]
+        true = torch.ones_like(wrong)
+        row = torch.arange(len(wrong), device=wrong.device)
         text_index = torch.cat((row, batch["wrong_texts"], row))
         image_index = torch.cat((row, row, batch["wrong_images"]))
         logits = self.model.score_pairs(texts, text_index, images, image_index)  # (3B,)
-        wrong = batch["wrong_valid"]
-        valid = torch.cat((torch.ones_like(wrong), wrong, wrong))
-        matches = torch.arange(3 * B, device=row.device) < B
+        matches = torch.cat((true, ~true, ~true))
+        valid = torch.cat((true, wrong, wrong))
         return matching_loss(logits, matches, valid, joint_count(valid))
 
     def against_retrieved(self, texts, images, hard_images, hard_texts):
@@ -179,20 +148,18 @@ class Objective(torch.nn.Module):
         B, H = image_index.shape
         row = torch.arange(B, device=image_index.device)
         anchor = row.repeat_interleave(H)  # (B * H,)
-
         # The true pairs, each caption with its hard images, each image with its hard captions.
         text_index = torch.cat((row, anchor, text_index.flatten()))
         image_index = torch.cat((row, image_index.flatten(), anchor))
         scores = self.model.score_pairs(texts, text_index, images, image_index).sigmoid()
         positive = scores[:B]
         false_images, false_texts = scores[B:].view(2, B, H)
-        diagnostics = {
+        return positive, {
             "hard_image": self.triplet(positive, false_images, image_valid),
             "hard_text": self.triplet(positive, false_texts, text_valid),
             "positive": positive.mean(),
             "retrieved": masked_mean(false_texts, text_valid, joint_count(text_valid)),
         }
-        return positive, diagnostics
 
     def against_written(self, images, positive, negatives, weights):
         """Triplet loss, word discrimination and word correction on generated sentences."""
@@ -206,7 +173,6 @@ class Objective(torch.nn.Module):
         words = hidden[:, :T]
         scores = self.model.match(hidden).sigmoid().view(B, H)
         mean_score = masked_mean(scores, valid, joint_count(valid))
-        diagnostics = {"synthetic": mean_score, "kept": valid.float().mean()}
         terms = {}
         if "tags" in weights:
             terms["tags"] = self.triplet(positive, scores, valid)
@@ -218,7 +184,7 @@ class Objective(torch.nn.Module):
         if "woc" in weights:
             count = joint_count(labels >= 0)
             terms["woc"] = word_correction_loss(self.model.correct(words), labels, count)
-        return terms, diagnostics
+        return terms, {"synthetic": mean_score, "kept": valid.float().mean()}
 
     def masked_lm(self, images, batch):
         """The masked words of the anchors, each looking at its own picture."""

@@ -1,19 +1,26 @@
-"""Scoring and the TAGS-DC step against the same network written in the obvious way, and against the machine. Run by hand:
+"""Scoring and the TAGS-DC step against the same network written in the obvious way, and against
+the machine. Run by hand:
     python tests/benchmark.py --size base --device cpu --json benchmark.json
 
-All that is compared runs in one process, in turn, round by round; figures are medians, ratios medians of the rounds' ratios.
-Weights, captions and regions are random; caption lengths and region numbers are those of the data a size is for.
-  score    ours: evaluate.score_matrix. plain: `Plain`, float32, batches of different captions padded to the longest.
-           official: the same with one caption to a batch, as in the official inference, so that only regions are padded.
-  step     ours: tagsdc.training_step and backward, M = K = 20, H = 31, pools of 399. plain: `plain_step` and backward, the
-           same draws; it scores candidates that the filter drops and applies the vocabulary matrix everywhere.
+All that is compared runs in one process, in turn, round by round; figures are medians, ratios
+medians of the rounds' ratios. Weights, captions and regions are random; caption lengths and region
+numbers are those of the data a size is for.
+  score    ours: evaluate.score_matrix. plain: `Plain`, float32, batches of different captions
+           padded to the longest. official: the same with one caption to a batch, as in the
+           official inference, so that only regions are padded.
+  step     ours: tagsdc.training_step and backward, M = K = 20, H = 31, pools of 399. plain:
+           `plain_step` and backward, the same draws; it scores candidates that the filter drops
+           and applies the vocabulary matrix everywhere.
   savings  each saving of scoring alone: seconds without it over seconds with it.
   growth   seconds and peak memory of scoring while the number of captions grows.
-Useful FLOPs of a pair of T text positions and R regions, S = T + R, in L layers of width D and intermediate size E:
-    L (8 S D^2 + 4 S^2 D + 4 S D E)  +  2 R D (F + 7)  +  2 D^2 + 2 D      q k v out, attention, MLP; regions; pooler, score
-without padding, whatever is saved of them; of an anchor's step those of all pairs scored, 2 P + M + M K, and three times those
-learnt from, 1 + 3 H + M, word heads left out. peak_share: ours' useful FLOPs a second over those of a large matrix product in the
-same dtype. agree: rank correlation with plain's scores, or 1 - relative difference of the losses. difference: the absolute one.
+Useful FLOPs of a pair of T text positions and R regions, S = T + R, in L layers of width D and
+intermediate size E (q k v out, attention, MLP; regions; pooler, score):
+    L (8 S D^2 + 4 S^2 D + 4 S D E)  +  2 R D (F + 7)  +  2 D^2 + 2 D
+without padding, whatever is saved of them; of an anchor's step those of all pairs scored,
+2 P + M + M K, and three times those learnt from, 1 + 3 H + M, word heads left out.
+peak_share: ours' useful FLOPs a second over those of a large matrix product in the same dtype.
+agree: rank correlation with plain's scores, or 1 - relative difference of the losses.
+difference: the absolute one.
 """
 
 import argparse
@@ -71,7 +78,8 @@ WEIGHTS, DTYPES = (
 
 
 class Made:
-    """What the code asks of a data.Data, made of random words and regions; phrases are pairs of neighbouring words."""
+    """What the code asks of a data.Data, made of random words and regions; phrases are pairs of
+    neighbouring words."""
 
     def __init__(self, size, captions, images):
         made, rng = SIZES[size], torch.Generator().manual_seed(0)
@@ -123,7 +131,8 @@ class Made:
 
 
 class Plain:
-    """The network of `model` from its official weights, float32: padded batches, everything worked out for every pair."""
+    """The network of `model` from its official weights, float32: padded batches, everything worked
+    out for every pair."""
 
     def __init__(self, model, device):
         self.w = {
@@ -206,7 +215,7 @@ class Plain:
 
     @torch.no_grad()
     def score_matrix(self, data, device, batch, together):
-        """(C, I) on the CPU; `together` captions share the batches, padded to the longest of them."""
+        """(C, I) on the CPU; `together` captions share the batches, padded to the longest."""
         scores, images = (
             [],
             [x.to(device) for x in data.image("train", torch.arange(len(data.features)))],
@@ -225,8 +234,8 @@ class Plain:
 
 
 def plain_negatives(plain, batch, args, vocabulary_range, device_rng):
-    """What plain_step learns from: (index, valid) of hard images and of hard texts, sentences (B, H, T), valid (B, H) and
-    originals (B * H, T), -1 where a word is the caption's."""
+    """What plain_step learns from: (index, valid) of hard images and of hard texts, sentences
+    (B, H, T), valid (B, H) and originals (B * H, T), -1 where a word is the caption's."""
     ids, own, masked, labels = (batch[name] for name in ("input_ids", "own", "masked", "labels"))
     images = [batch[name] for name in ("features", "boxes", "region_mask")]
     p, size, n = len(ids), args.score_batch, args.maskings * args.refills
@@ -311,8 +320,8 @@ def plain_step(plain, data, args, rng, device_rng, device):
 
 
 def alternate(runners, rounds, device):
-    """Runs all of {name: function} in turn, `rounds` times after a warm-up -> {name: [seconds]}, {name: MB}, the most that
-    was allocated on the GPU, or resident in the process, meanwhile."""
+    """Runs all of {name: function} in turn, `rounds` times after a warm-up -> {name: [seconds]},
+    {name: MB}, the most allocated on the GPU, or resident in the process, meanwhile."""
     seconds, memory, cuda = {name: [] for name in runners}, {}, device.startswith("cuda")
     for turn in range(rounds + 1):
         for name, run in runners.items():
@@ -333,7 +342,8 @@ def alternate(runners, rounds, device):
 
 
 def compare(args, model, data, runners, items, pairs, agree):
-    """Rows of both dtypes. runners: {dtype: ours, "plain": .. }; one run takes `items` items worth `pairs` pairs of FLOPs each."""
+    """Rows of both dtypes. runners: {dtype: ours, "plain": .. }; one run takes `items` items worth
+    `pairs` pairs of FLOPs each."""
     n = 8192 if args.device.startswith("cuda") else 2048
     products = {
         f"peak {dtype}": partial(torch.mm, *torch.randn(2, n, n).to(args.device, dtype))
@@ -418,6 +428,7 @@ def step(args, model, data):
         f"--batch-size={args.anchors}",
         f"--score-batch={args.batch}",
         "--pool=399",
+        "--retrieved=31",
         "--hard=31",
         "--maskings=20",
         "--refills=20",
@@ -467,10 +478,9 @@ def step(args, model, data):
 
 def every_row(layer, x, mask, qkv=None):
     """model.cls_alone with the keys and values of every row worked out."""
-    attention = layer.attention
-    q, k, v = attention.query(x[:, :1]), attention.key(x), attention.value(x)
-    q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (q, k, v))
-    mask = None if mask is None else mask[:, None, None]
+    query, key, value = layer.attention.values()
+    q, k, v = query(x[:, :1]), key(x), value(x)
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (q, k, v))
     context = model_module.attend(q, k, v, mask, 0.0)
     return layer.finish(x[:, :1], context.transpose(1, 2).flatten(2))
 
@@ -482,6 +492,7 @@ def whole_layer(layer, x, mask, qkv=None):
 
 def fused(q, k, v, mask, dropout):
     """model.attend without plain products."""
+    mask = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 

@@ -1164,3 +1164,24 @@ def test_phrases_are_disjoint_in_order_and_never_crash():
 def test_phrases_of_strings_that_are_no_captions_do_not_crash():
     for entry in json.loads((REAL / "tokenizer/wordpiece_cased.json").read_text(encoding="utf-8")):
         generate.parse_phrases(entry["text"].split())
+
+
+def test_wrong_shapes_of_writer_images_and_scores_are_told():
+    ids = torch.tensor([[5, 6, 7], [6, 7, 8]])
+    options = dict(mask_id=4, vocabulary_range=(5, 9), maskings=3, refills=2, hard=1)
+
+    def fill(ids, images, places):
+        return torch.zeros(len(places), 9)
+
+    def match(ids, images):
+        return torch.zeros(len(ids))
+
+    with pytest.raises(ValueError, match="writer_images must be"):
+        wrong = torch.zeros(3, 2, dtype=torch.long)
+        generate.tailor_negatives(
+            fill, match, ids, None, ids[:, None], writer_images=wrong, **options
+        )
+    with pytest.raises(ValueError, match="match must return"):
+        generate.tailor_negatives(
+            fill, lambda *a: match(*a)[:, None], ids, None, ids[:, None], **options
+        )

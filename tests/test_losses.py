@@ -338,9 +338,6 @@ class Images:
     def __init__(self, features):
         self.features = features
 
-    def first(self, n):
-        return Images(self.features[:n])
-
 
 class Toy(torch.nn.Module):
     """A model whose hidden states (N, T, 3) are word embeddings plus the image's feature."""
@@ -572,3 +569,9 @@ def test_nothing_waits_for_a_device():
     terms, diagnostics = losses.Objective(model, PAD, 0.2)(batch, weights, retrieved, negatives)
     assert all(value.shape == () for value in (terms | diagnostics).values())
     sum(terms.values()).backward()
+
+
+def test_masked_lm_takes_labels_of_any_integer_type():
+    logits = torch.randn(3, 7)
+    labels = torch.tensor([2, -1, 6])
+    assert losses.masked_lm_loss(logits, labels.int()) == losses.masked_lm_loss(logits, labels)

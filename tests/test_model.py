@@ -389,15 +389,6 @@ def test_encode_pairs_is_forward(model):
     assert close(fast, model(ids[t], features[i], boxes[i], text_mask[t], region_mask[i]))
 
 
-@torch.no_grad()
-def test_the_first_of_the_prepared_can_be_taken_alone(model):
-    (texts, images), row = prepared(model), torch.arange(2)
-    assert close(
-        model.score_pairs(texts.first(2), row, images.first(2), row),
-        model.match(model(*make_batch()))[:2],
-    )
-
-
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("masked", [True, False])
 def test_encode_places_is_encode_pairs_at_chosen_places_gradients_included(layers, masked):
@@ -440,12 +431,9 @@ def test_what_is_prepared_once_is_what_each_layer_would_make(model, half):
 def test_attention_by_plain_products_is_the_fused_one(masked):
     """In bfloat16 on a CPU; the float32 result is rounded no worse than that of fused attention."""
     q, k, v = torch.randn(3, 5, 2, 7, 8).unbind(0)
-    mask = (
-        (torch.arange(7) < torch.tensor([7, 1, 3, 5, 6])[:, None])[:, None, None]
-        if masked
-        else None
-    )
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mask = torch.arange(7) < torch.tensor([7, 1, 3, 5, 6])[:, None] if masked else None
+    wide = mask[:, None, None] if masked else None
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=wide)
     found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0)
     assert found.dtype == torch.bfloat16 and close(found.float(), expected, 2e-2)
     assert close(attend(q, k, v, mask, 0.0), expected)
@@ -456,7 +444,7 @@ def test_attention_weights_are_dropped_out_in_training_alone(half):
     """Also for [CLS] alone and in bfloat16, where attention is written out."""
     model = make_model()
     for layer in model.layers:
-        layer.attention.dropout = 0.5  # and nothing else
+        layer.attention_dropout = 0.5  # and nothing else
 
     def scores():
         with torch.no_grad(), autocast("cpu", torch.bfloat16 if half else torch.float32):

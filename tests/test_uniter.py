@@ -94,9 +94,8 @@ def compact(rows, golden):
 
 
 def close(found, expected, tolerance=2e-5):
-    """True if no entry differs by more than this, or this share of the largest if that is above 1."""
-    largest = max(expected.abs().max().item(), 1.0)
-    return (found - expected).abs().max().item() < tolerance * largest
+    """True if no entry differs by more than this; float32 on any CPU gives 5e-6."""
+    return (found - expected).abs().max().item() < tolerance
 
 
 @pytest.mark.parametrize(
