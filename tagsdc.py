@@ -180,7 +180,8 @@ def parse_arguments(argv=None):
         leave = [*OF_THIS_CALL, "init", "heads", "device", "probe", "save_scores"]
         if "data" in given:  # leaves behind where the old data lay
             leave += ["root", "features", "phrases", "skip_bad"]
-        values |= {name: value for name, value in saved.items() if name not in leave}
+        kept = DEFAULTS.keys() - leave  # an option of another version is passed over
+        values |= {name: value for name, value in saved.items() if name in kept}
         if os.access(Path(source).parent, os.W_OK):  # pictures go beside the checkpoint
             values["out"] = str(Path(source).parent)
     args = argparse.Namespace(**values | given)
@@ -192,7 +193,8 @@ def parse_arguments(argv=None):
 def resumed_arguments(parser, given, out):
     """The arguments that the run in `out` began with; an option that would change it is refused."""
     saved = datasets.read_json(out / "run.json")["arguments"]
-    saved = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
+    kept = DEFAULTS.keys() - OF_THIS_CALL
+    saved = {name: value for name, value in saved.items() if name in kept}
     before = DEFAULTS | saved  # options that are younger than the run had their default
     for name, value in given.items():
         free = name in OF_THIS_CALL or name in MAY_CHANGE

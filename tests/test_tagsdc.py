@@ -526,3 +526,11 @@ def test_recipes_are_the_release_s_schedules(recipe, lr, steps, tags, mlm, more)
     assert (args.writer_sees, args.truth_threshold) == ("own", 1.0)
     assert vars(args).items() >= more.items()
     assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5
+
+
+def test_a_checkpoint_with_an_option_of_another_version_is_evaluated(world, tmp_path):
+    state = torch.load(world / "best.pt", weights_only=True)
+    state["arguments"]["an_option_of_next_year"] = 3
+    torch.save(state, tmp_path / "best.pt")
+    args = tagsdc.parse_arguments(["--eval", str(tmp_path / "best.pt")])
+    assert not hasattr(args, "an_option_of_next_year")
