@@ -357,6 +357,8 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
     regions are kept (section 3.1, as UNITER). count: how many regions there should be."""
     if features.ndim != 2 or not features.size or count not in (None, len(features)):
         raise ValueError(f"features has shape {features.shape}, num_bb says {count}")
+    if boxes.ndim == 2 and boxes.shape[1] in (6, 7):  # width, height and area follow the corners
+        boxes = boxes[:, :4]
     shapes = {"features": features.shape, "boxes": (len(features), 4), "conf": (len(features),)}
     for name, array in (("features", features), ("boxes", boxes), ("conf", conf)):
         if array is not None:
@@ -439,7 +441,7 @@ def read_npz_image(file, size):
         size = (row["image_w"].item(), row["image_h"].item())
     elif size is None:
         raise ValueError("bbox is in pixels; image_w, image_h or the size in the JSON are missing")
-    image = {"features": row["features"], "boxes": boxes[:, :4], "conf": row.get("conf")}
+    image = {"features": row["features"], "boxes": boxes, "conf": row.get("conf")}
     return {"size": size, "count": row.get("num_bb", np.array(len(boxes))).item(), **image}
 
 
@@ -620,7 +622,7 @@ def read_uniter_image(value, count):
         arrays, end = unpack_msgpack(value)
         if end < len(value) or not {b"features", b"norm_bb"} <= arrays.keys():
             raise ValueError("no msgpack of features and norm_bb; texts come from Karpathy's JSON")
-        image = {"features": arrays[b"features"], "boxes": arrays[b"norm_bb"][:, :4]}
+        image = {"features": arrays[b"features"], "boxes": arrays[b"norm_bb"]}
         image["conf"] = arrays.get(b"conf")
     if count is None:
         return image

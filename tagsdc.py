@@ -508,7 +508,7 @@ def load_checkpoint(path, own=False):
     """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights too."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception:  # torch.load raises half a dozen kinds, with advice that would be unsafe
         state = None

@@ -4,16 +4,22 @@ and refuses bad input."""
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import data
 import tagsdc
+from test_data import damage
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -534,3 +540,41 @@ def test_a_checkpoint_with_an_option_of_another_version_is_evaluated(world, tmp_
     torch.save(state, tmp_path / "best.pt")
     args = tagsdc.parse_arguments(["--eval", str(tmp_path / "best.pt")])
     assert not hasattr(args, "an_option_of_next_year")
+
+
+# ---- damaged checkpoints and probe files -------------------------------------------------------
+
+PROBE = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in "123"}
+
+
+def throw_damaged_files(folder, count, seed=0):
+    """Reads `count` damaged checkpoints and probe files -> {kind: how many were read after all}."""
+    network = tagsdc.TagsDC(tagsdc.Config(20, 6, 16, 1, 2, 16, 16, 0.0))
+    state = {"format": tagsdc.FORMAT, "arguments": {}, "model": network.state_dict()}
+    torch.save(state, folder / "checkpoint")
+    (folder / "probe").write_text(json.dumps(PROBE))
+    readers = {"checkpoint": tagsdc.load_checkpoint, "probe": tagsdc.evaluate.read_probe}
+    read = dict.fromkeys(readers, 0)
+    for kind, reader in readers.items():
+        chance = random.Random(f"{kind} {seed}")
+        whole = (folder / kind).read_bytes()
+        for _ in range(count):
+            (folder / kind).write_bytes(damage(whole, chance))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                try:
+                    reader(folder / kind)
+                    read[kind] += 1
+                except data.InputError as fault:
+                    assert kind in str(fault) and "\n" not in str(fault)
+    return read
+
+
+def test_damaged_checkpoints_and_probe_files_are_read_or_named(tmp_path):
+    read = throw_damaged_files(tmp_path, 60)
+    assert all(count < 60 for count in read.values())
+
+
+if __name__ == "__main__":  # python tests/test_tagsdc.py 1000
+    with tempfile.TemporaryDirectory() as place:
+        print(throw_damaged_files(Path(place), int(sys.argv[1]), seed=1))
