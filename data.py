@@ -273,7 +273,6 @@ class Data:
     notes: list = field(default_factory=list)  # what was found, left out or guessed, a line each
 
     def __post_init__(self):
-        self.feature_size = self.regions.feature_size
         # Training asks for a caption again and again.
         self.caption_ids = functools.cache(self.caption_ids)
         self.caption_phrases = functools.cache(self.caption_phrases)
@@ -359,13 +358,10 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
         raise ValueError(f"features has shape {features.shape}, num_bb says {count}")
     if boxes.ndim == 2 and boxes.shape[1] in (6, 7):  # width, height and area follow the corners
         boxes = boxes[:, :4]
-    shapes = {"features": features.shape, "boxes": (len(features), 4), "conf": (len(features),)}
-    for name, array in (("features", features), ("boxes", boxes), ("conf", conf)):
-        if array is not None:
-            right = array.shape == shapes[name] and array.dtype.kind in "fiu"
-            if not right or not abs(array).max() <= 65504:  # nor is NaN
-                found = f"shape {array.shape} of {array.dtype}; {shapes[name]} of numbers"
-                raise ValueError(f"{name} has {found} that are finite in float16 is expected")
+    check_array("features", features, features.shape)
+    check_array("boxes", boxes, (len(features), 4))
+    if conf is not None:
+        check_array("conf", conf, (len(features),))
     if size is not None:
         boxes = boxes / np.array([*size, *size]).astype(np.float32)
     # Up to a per cent outside is rounding, and is clipped.
@@ -379,6 +375,14 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
         best = np.sort(np.argsort(-conf, kind="stable")[:kept])
         features, boxes = features[best], boxes[best]
     return features, boxes.clip(0, 1)
+
+
+def check_array(name, array, shape):
+    """ValueError unless an array has this shape, and numbers that are finite in float16."""
+    right = array.shape == shape and array.dtype.kind in "fiu"
+    if not right or not abs(array).max() <= 65504:  # nor is NaN
+        found = f"shape {array.shape} of {array.dtype}; {shape} of numbers"
+        raise ValueError(f"{name} has {found} that are finite in float16 is expected")
 
 
 def read_tsv(files, sizes):

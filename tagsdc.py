@@ -356,10 +356,14 @@ def retrieve_negatives(model, texts, images, batch, hard, score_batch):
     return hard_images, hard_texts
 
 
-def heads_over(model, batch, pad_id):
+def prepare_images(model, batch):
+    """The regions of a batch, embedded once for all the pairs that they will be part of."""
+    return model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+
+
+def heads_over(model, images, pad_id):
     """The fill and match that generate.py asks for: masked-LM and matching heads of the model,
-    over the images of a batch."""
-    images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+    over prepared images."""
 
     def fill(ids, image_index, places):  # (n, T), (n,), (q,) -> (q, V)
         texts = model.prepare_text(ids, ids != pad_id)
@@ -374,13 +378,13 @@ def heads_over(model, batch, pad_id):
     return fill, match
 
 
-def write_negatives(model, writer, batch, tokenizer, args, rng, device_rng):
-    """`generate.tailor_negatives` for the anchors of a batch (section 3.3): the model's matching
-    head chooses, and refills, too, unless another network is the writer."""
+def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_rng):
+    """`generate.tailor_negatives` for the anchors of a batch (section 3.3): the model, over its
+    prepared images, chooses, and refills, too, unless another network is the writer."""
     B, M, T = batch["masked"].shape
-    fill, match = heads_over(model, batch, tokenizer.pad_id)
+    fill, match = heads_over(model, images, tokenizer.pad_id)
     if writer is not None:
-        fill, _ = heads_over(writer, batch, tokenizer.pad_id)
+        fill, _ = heads_over(writer, prepare_images(writer, batch), tokenizer.pad_id)
     writer_images = None  # each masked caption with its own picture, as in the paper
     if args.writer_sees == "other":
         writer_images = generate.other_images(B, M, rng)
@@ -429,7 +433,7 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
         if weights.keys() & {"itm", "hard"}:
             ids = batch["input_ids"]
             texts = model.prepare_text(ids, ids != tokenizer.pad_id)
-            images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+            images = prepare_images(model, batch)
         if "itm" in weights:
             count = args.wrong_partners
             batch |= draw_wrong_partners(model, texts, images, batch, count, device_rng)
@@ -438,7 +442,9 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
                 model, texts, images, batch, args.retrieved, args.score_batch
             )
         if weights.keys() & {"tags", "wod", "woc"}:
-            negatives = write_negatives(model, writer, batch, tokenizer, args, rng, device_rng)
+            negatives = write_negatives(
+                model, images, writer, batch, tokenizer, args, rng, device_rng
+            )
 
     # With gradient: only the true pairs and what was found hard is encoded again.
     with autocast(device, args.dtype):
@@ -831,7 +837,8 @@ def tailored_examples(model, data, split, args, device, count):
         data, split, captions, len(captions), device, rng, args.maskings, args.mask_probability
     )
     with evaluate.inference(model, device, args.dtype):
-        made = write_negatives(model, None, batch, data.tokenizer, args, rng, device_rng)
+        prepared = prepare_images(model, batch)
+        made = write_negatives(model, prepared, None, batch, data.tokenizer, args, rng, device_rng)
     return {
         "captions": captions,
         "images": images,

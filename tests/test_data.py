@@ -400,7 +400,7 @@ def test_every_form_is_read(tmp_path, flickr8k_store, name, root, features, coun
         == counts
     )
     assert all(len(split.captions) == 5 * len(split.images) for split in data.splits.values())
-    assert size in (None, data.feature_size) and not data.tokenizer.lowercase
+    assert size in (None, data.regions.feature_size) and not data.tokenizer.lowercase
     features, boxes, mask = data.image("test", torch.arange(5))
     assert (
         features.isfinite().all() and boxes.min() >= 0 and boxes.max() <= 1 and features.std() > 0
@@ -797,7 +797,9 @@ def test_pictures_become_grid_cells_and_bad_ones_are_named(tmp_path):
     data = load_data("coco", tmp_path / "r", store=tmp_path)
     features, boxes, mask = data.image("train", [0, 1])
     assert (
-        len(data.regions.names) == 3 and mask.all() and features.shape == (2, 17, data.feature_size)
+        len(data.regions.names) == 3
+        and mask.all()
+        and features.shape == (2, 17, data.regions.feature_size)
     )
     assert boxes[0, 0, :4].tolist() == [0, 0, 1, 1] and torch.allclose(
         boxes[0, 1:, 6].sum(), torch.tensor(1.0)
