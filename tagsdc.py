@@ -56,7 +56,7 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("features", None, "file or folder of the region features, if not under --root"),
         ("phrases", None, "JSON with the phrases of the captions, instead of the parser"),
         ("skip-bad", False, "leave out unusable images and captions, and count them"),
-        ("scenes", [5000, 100, 250], "images in train, val and test of the embedded world"),
+        ("scenes", [1000, 100, 250], "images in train, val and test of the embedded world"),
         ("size", "tiny", "of the network (paper: base, large)"),
         ("init", None, "start from our checkpoint or official UNITER weights, without warm-up"),
         ("heads", 0, "attention heads of --init weights; 0: they are 64 wide"),
@@ -64,8 +64,8 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
     ],
     "training": [
         ("recipe", None, "a schedule of the official release, in place of these defaults"),
-        ("steps", 3000, "optimiser steps in all; the phases share them"),
-        ("phases", ["warmup=5", "dc=1"], "phases (warmup, tags, dc) and their shares of --steps"),
+        ("steps", 3250, "optimiser steps in all; the phases share them"),
+        ("phases", ["warmup=10", "dc=3"], "phases (warmup, tags, dc) and their shares of --steps"),
         ("batch-size", 16, "anchor pairs a step (paper: 32 on each of 8 GPUs)"),
         ("warmup-batch-size", 32, "pairs a step of the warm-up"),
         ("wrong-partners", 7, "pairs among which the warm-up draws a hard wrong one"),
@@ -75,8 +75,8 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("accumulate", 1, "batches whose gradients make one optimiser step"),
         ("recompute", False, "recompute activations: less memory, a third more work"),
         ("warmup-lr", 1e-3, "peak learning rate of the warm-up"),
-        ("lr", 4e-4, "peak learning rate of the tags phase (paper: 5e-5)"),
-        ("dc-lr", 4e-4, "peak learning rate of the dc phase (paper: 1e-5)"),
+        ("lr", 1e-3, "peak learning rate of the tags phase (paper: 5e-5)"),
+        ("dc-lr", 1e-3, "peak learning rate of the dc phase (paper: 1e-5)"),
     ],
     "negatives and objective": [
         ("pool", 16, "pairs among which hard negatives are retrieved (paper: 399)"),
@@ -91,8 +91,8 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("margin", 0.2, "of the triplet losses"),
         ("lambda-tags", 1.0, "weight of the synthetic triplet loss (paper: 5e-5 to 1e-3)"),
         ("lambda-mlm", 0.2, "weight of masked LM (paper: 0.01 to 0.1)"),
-        ("lambda-wod", 4.0, "weight of word discrimination (paper: 5e-4)"),
-        ("lambda-woc", 1.0, "weight of word correction (paper: 5e-4)"),
+        ("lambda-wod", 1.0, "weight of word discrimination (paper: 5e-4)"),
+        ("lambda-woc", 0.5, "weight of word correction (paper: 5e-4)"),
         ("original-weight", 0.11, "of original words in word discrimination"),
     ],
     "run": [
@@ -942,9 +942,10 @@ def load_any(args, state):
     hours if need be; the others wait, and then find the store in place."""
     state = state or {}
     inner = Path("data") / Path(args.data).stem
+    others = (args.eval, args.checkpoint, args.init)
     shared = {
         "store": Path(args.out) / inner,
-        "elsewhere": [Path(path).parent / inner for path in (args.eval, args.checkpoint) if path],
+        "elsewhere": [Path(path).parent / inner for path in others if path],
         "tokens": state.get("tokens"),
     }
     if RANK > 0:
