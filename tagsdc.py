@@ -35,6 +35,17 @@ from model import PRESETS, Config, TagsDC, autocast, fast_dtype
 
 # ---- options -----------------------------------------------------------------------------------
 
+# warmup replaces the pre-trained UNITER of the paper, and is left out with --init. tags adds the
+# negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
+PHASES = ("warmup", "tags", "dc")
+TERMS = {  # of the objective: (phases, default weight, help of its --lambda); see losses.Objective
+    "itm": ("warmup", 1.0, "weight of matching in the warm-up"),
+    "hard": ("tags dc", 1.0, "weight of the triplet loss of retrieved negatives (paper: 1)"),
+    "mlm": ("warmup tags dc", 0.2, "weight of masked LM (paper: 0.01 to 0.1); warm-up: 1"),
+    "tags": ("tags dc", 1.0, "weight of the synthetic triplet loss (paper: 5e-5 to 1e-3)"),
+    "wod": ("dc", 1.0, "weight of word discrimination (paper: 5e-4)"),
+    "woc": ("dc", 0.5, "weight of word correction (paper: 5e-4)"),
+}
 OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scenes on a CPU
     "what to do": [
         ("eval", None, "evaluate this checkpoint instead of training"),
@@ -43,11 +54,7 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("image", None, "find the test captions that describe an image best"),
         ("probe", [], "fine-grained tests: SugarCrepe, RoCOCO or VALSE FOIL files"),
         ("resume", False, "go on with the interrupted run in --out"),
-        (
-            "study",
-            0,
-            "compare retrieved negatives, TAGS, TAGS-DC .. with so many seeds (tests/study.py)",
-        ),
+        ("study", 0, "compare TAGS-DC with its parts, with so many seeds (tests/study.py)"),
         ("quick", False, "everything in miniature, to see that it works"),
     ],
     "data and network": [
@@ -89,10 +96,7 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("truth-threshold", 0.1, "likelier words are taken for true, not refilled (paper: 1, off)"),
         ("frozen-writer", False, "the writer keeps the weights that the tags phase begins with"),
         ("margin", 0.2, "of the triplet losses"),
-        ("lambda-tags", 1.0, "weight of the synthetic triplet loss (paper: 5e-5 to 1e-3)"),
-        ("lambda-mlm", 0.2, "weight of masked LM (paper: 0.01 to 0.1)"),
-        ("lambda-wod", 1.0, "weight of word discrimination (paper: 5e-4)"),
-        ("lambda-woc", 0.5, "weight of word correction (paper: 5e-4)"),
+        *((f"lambda-{term}", weight, text) for term, (_, weight, text) in TERMS.items()),
         ("original-weight", 0.11, "of original words in word discrimination"),
     ],
     "run": [
@@ -114,9 +118,9 @@ DEFAULTS = {name.replace("-", "_"): value for rows in OPTIONS.values() for name,
 RELEASE = dict(size="base", batch_size=32, dropout=0.1, score_batch=2048, recompute=True)
 RELEASE |= dict(pool=399, retrieved=31, hard=31, maskings=20, refills=20, temperature=1.5)
 RELEASE |= dict(writer_sees="own", truth_threshold=1.0, lambda_wod=5e-4, lambda_woc=5e-4)
-RELEASE |= dict(steps=5000, lambda_mlm=0.05)
-STAGE_1 = RELEASE | dict(phases=["tags=1"], lr=5e-5)
-STAGE_2 = RELEASE | dict(phases=["dc=1"], dc_lr=1e-5)
+RELEASE |= dict(steps=5000, lambda_mlm=0.05, lr=5e-5, dc_lr=1e-5)
+STAGE_1 = RELEASE | dict(phases=["tags=1"])
+STAGE_2 = RELEASE | dict(phases=["dc=1"])
 LARGE = dict(size="large", lambda_tags=1e-3)
 LARGE_23 = LARGE | dict(retrieved=23, hard=23)
 RECIPES = {
@@ -136,10 +140,11 @@ CHOICES |= {"device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32
 
 # What a call says of itself; everything else belongs to the run and comes back with it.
 OF_THIS_CALL = ("eval", "checkpoint", "query", "image", "resume", "out", "study")
-# What may be another when an interrupted run goes on; --steps may grow, too.
+# What may be another when an interrupted run goes on.
 MAY_CHANGE = ("device", "probe", "save_scores", "score_batch", "analyse_images")
-# Numbers are above 0, or not below it where their default is 0 or they stand here.
-MAY_BE_ZERO = "words_first original_weight lambda_tags lambda_mlm lambda_wod lambda_woc".split()
+# Numbers are above 0; these, and those that are 0 by default, may be 0.
+MAY_BE_ZERO = ["words_first", "original_weight"]
+MAY_BE_ZERO += [f"lambda_{term}" for term in TERMS if term != "hard"]
 AT_MOST = {"dropout": 0.99, "words_first": 1, "mask_probability": 1, "seed": 2**32}
 AT_MOST |= {"warmup_mask_probability": 1, "truth_threshold": 1}
 
@@ -164,91 +169,66 @@ def make_parser():
 
 
 def parse_arguments(argv=None):
-    """The command line, laid over the recipe, --quick, or what a checkpoint was trained with."""
+    """The command line, laid over the recipe, --quick, or what a run or checkpoint began with."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     values = DEFAULTS | RECIPES.get(given.get("recipe"), {})
     if given.get("quick"):
         values |= QUICK
     name = Path(given.get("data", "scenes")).stem.removeprefix("dataset_")
-    values["out"] = f"runs/{'study' if given.get('study') else name}"
+    values["out"] = given.get("out", f"runs/{'study' if given.get('study') else name}")
     source = given.get("eval") or given.get("checkpoint")
+    kept = DEFAULTS.keys() - OF_THIS_CALL
+    saved = {}
     if given.get("resume"):
-        values |= resumed_arguments(parser, given, Path(given.get("out", values["out"])))
+        saved = datasets.read_json(Path(values["out"]) / "run.json")["arguments"]
+        for name in given.keys() & kept - set(MAY_CHANGE):
+            before = saved.get(name, DEFAULTS[name])  # an option may be younger than the run
+            if given[name] != before:
+                option = name.replace("_", "-")
+                parser.error(f"--resume: the run has --{option} {before}; leave it out")
     elif source:
-        saved = load_checkpoint(source, own=True)["arguments"]
-        leave = [*OF_THIS_CALL, "init", "heads", "device", "probe", "save_scores"]
+        saved = load_checkpoint(source)["arguments"]
+        kept -= {"init", "heads", "device", "probe", "save_scores"}
         if "data" in given:  # leaves behind where the old data lay
-            leave += ["root", "features", "phrases", "skip_bad"]
-        kept = DEFAULTS.keys() - leave  # an option of another version is passed over
-        values |= {name: value for name, value in saved.items() if name in kept}
-        if os.access(Path(source).parent, os.W_OK):  # pictures go beside the checkpoint
-            values["out"] = str(Path(source).parent)
+            kept -= {"root", "features", "phrases", "skip_bad"}
+        values["out"] = str(Path(source).parent)  # pictures go beside the checkpoint
+    values |= {name: saved[name] for name in kept & saved.keys()}
     args = argparse.Namespace(**values | given)
-    check_values(parser, args)
-    check_together(parser, args)
+    check(parser, args)
     return args
 
 
-def resumed_arguments(parser, given, out):
-    """The arguments that the run in `out` began with; an option that would change it is refused."""
-    saved = datasets.read_json(out / "run.json")["arguments"]
-    kept = DEFAULTS.keys() - OF_THIS_CALL
-    saved = {name: value for name, value in saved.items() if name in kept}
-    before = DEFAULTS | saved  # options that are younger than the run had their default
-    for name, value in given.items():
-        free = name in OF_THIS_CALL or name in MAY_CHANGE
-        if value != before[name] and not free and not (name == "steps" and value > before[name]):
-            option = name.replace("_", "-")
-            parser.error(
-                f"--resume: the run has --{option} {before[name]}, not {value}; leave it out"
-            )
-    return saved
-
-
-def check_values(parser, args):
-    """Every number is finite and in its range, and every phase well written."""
+def check(parser, args):
+    """Refuses numbers out of range, options that do not go together, files that are not there."""
     for name, value in vars(args).items():
-        least = "at least" if DEFAULTS[name] == 0 or name in MAY_BE_ZERO else "above"
+        least = 0 if DEFAULTS[name] == 0 or name in MAY_BE_ZERO else 1e-12
         most = AT_MOST.get(name, 1e12)
-        fits = type(value) not in (int, float) or 0 <= value <= most
-        if not fits or (least == "above" and value == 0):
+        if type(value) in (int, float) and not least <= value <= most:
             option = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{option}: must be {least} 0 and at most {most:g}")
+            parser.error(f"{option}: must be between {least:g} and {most:g}")
     for phase in args.phases:
         if not re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase):
             parser.error(f"--phases {phase}: NAME=SHARE of {', '.join(PHASES)}, SHARE above 0")
-    if len(args.scenes) != 3 or min(args.scenes) < 1:
-        parser.error(f"--scenes {args.scenes}: images of train, val and test, one each at least")
-
-
-def check_together(parser, args):
-    """Refuses options that cannot work side by side, and files that are not there."""
     for path in (args.phrases, *args.probe):
         if path and not Path(path).is_file():
             parser.error(f"{path}: no such file")
-    if args.hard > args.maskings * args.refills:
-        parser.error(f"--hard {args.hard} exceeds --maskings times --refills, the candidates")
-    if args.pool < args.batch_size:
-        parser.error(f"--pool {args.pool} is smaller than --batch-size: it holds the anchors")
-    if bool(args.query or args.image) != bool(args.checkpoint):
-        parser.error("--query or --image and --checkpoint (runs/scenes/best.pt) go together")
-    if not phase_plan(args):
-        parser.error("--steps too few, or --init, which goes without a warm-up, and no other phase")
-    if args.heads and not args.init:
-        parser.error("--heads goes with --init: the sizes of a new network come from --size")
+    asked = bool(args.query or args.image)
+    faults = {
+        "--scenes: images of train, val and test": len(args.scenes) != 3 or min(args.scenes) < 1,
+        f"--hard {args.hard} exceeds --maskings x --refills": args.hard
+        > args.maskings * args.refills,
+        f"--pool {args.pool} is smaller than --batch-size": args.pool < args.batch_size,
+        "--query or --image and --checkpoint go together": asked != bool(args.checkpoint),
+        "--steps too few, or --init, so no warm-up, and no other phase": not phase_plan(args),
+        "--heads goes with --init": args.heads and not args.init,
+    }
+    for fault, found in faults.items():
+        if found:
+            parser.error(fault)
 
 
 # ---- one training step -------------------------------------------------------------------------
-
-# warmup replaces the pre-trained UNITER of the paper, and is left out with --init. tags adds the
-# negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
-PHASES = {  # the terms of the objective in each phase
-    "warmup": ("itm", "mlm"),
-    "tags": ("hard", "mlm", "tags"),
-    "dc": ("hard", "mlm", "tags", "wod", "woc"),
-}
-UNIT_WEIGHT = {"itm": 1.0, "hard": 1.0}  # the other terms have a --lambda
 
 
 def draw_pairs(split, count, rng):
@@ -263,18 +243,19 @@ def make_batch(data, split, captions, anchors, device, rng, maskings, probabilit
     """Tensors of P pairs, their captions given by index; the first B of them are the anchors.
 
     What is random here is drawn on the CPU, so that no size need be asked of a GPU.
-    Returns a dict of tensors on the device: input_ids (P, T), own (P, C, T') all true captions of
-    each image, features (P, R, F), boxes (P, R, 7), region_mask (P, R); of the anchors masked
-    (B, M, T), places (q,) of their masked words in it, flat, and targets (q,), the words there.
-    And labels (B, M, T), the same words in place, on the CPU.
+    Returns a dict of tensors on the device: input_ids (P, T), true_captions (P, C, T') of each
+    image, features (P, R, F), boxes (P, R, 7), region_mask (P, R); of the anchors masked (B, M, T),
+    places (q,) of their masked words in it, flat, and targets (q,), the words there. And labels
+    (B, M, T), the same words in place, on the CPU.
     """
     images = data.splits[split].image_of_caption[captions]
     input_ids = data.text(split, captions)
     phrases = data.phrases(split, captions[:anchors])
     originals = input_ids[:anchors, : phrases.size(2)]
-    words = data.tokenizer
+    mask_id = data.tokenizer.mask_id
+    word_range = data.tokenizer.word_range
     masked, labels = generate.mask_phrases(
-        originals, phrases, words.mask_id, words.word_range, maskings, probability, rng
+        originals, phrases, mask_id, word_range, maskings, probability, rng
     )
     places = (labels.flatten() >= 0).nonzero()[:, 0]  # (q,)
     targets = labels.flatten()[places]
@@ -282,7 +263,7 @@ def make_batch(data, split, captions, anchors, device, rng, maskings, probabilit
     features, boxes, region_mask = data.image(split, images)
     batch = {
         "input_ids": input_ids,
-        "own": data.own_captions(split, images),
+        "true_captions": data.own_captions(split, images),
         "features": features,
         "boxes": boxes,
         "region_mask": region_mask,
@@ -302,7 +283,6 @@ def draw_wrong_partners(model, texts, images, batch, count, rng):
     wrong_images, wrong_texts (B,) and wrong_valid (B,), False where they are true.
     """
     ids = batch["input_ids"]  # (B, T)
-    own = batch["own"]  # (B, C, T')
     B = len(ids)
     row = torch.arange(B, device=ids.device)
     step = torch.arange(1, max(min(count, B - 1), 1) + 1, device=ids.device)  # (K,)
@@ -312,7 +292,7 @@ def draw_wrong_partners(model, texts, images, batch, count, rng):
 
     # Caption b with the image k steps behind it; so image b with the caption k steps before it.
     scores = model.score_pairs(texts, row.repeat_interleave(K), images, behind.flatten()).view(B, K)
-    false_texts = ~generate.is_true(ids[before], own)  # (B, K)
+    false_texts = ~generate.is_true(ids[before], batch["true_captions"])  # (B, K)
     false_images = false_texts[behind, step - 1]
     image = draw_by_score(scores, false_images, rng)
     text = draw_by_score(scores[before, step - 1], false_texts, rng)
@@ -335,7 +315,7 @@ def retrieve_negatives(model, texts, images, batch, hard, score_batch):
     image (section 3.2): (index, valid) twice, (B, H) each. A caption that equals one of an image's
     own is never its negative, nor the image the caption's."""
     ids = batch["input_ids"]
-    own = batch["own"]
+    true = batch["true_captions"]
     P = len(ids)
     B = len(batch["masked"])
     anchors = torch.arange(B, device=ids.device)
@@ -349,16 +329,11 @@ def retrieve_negatives(model, texts, images, batch, hard, score_batch):
     image_scores = scores[: B * P].view(B, P)
     text_scores = torch.cat((image_scores[:, :B], scores[B * P :].view(P - B, B))).T  # (B, P)
 
-    false_images = ~generate.is_true(ids[:B].expand(P, B, -1), own).T  # (B, P)
-    false_texts = ~generate.is_true(ids.expand(B, P, -1), own[:B])  # (B, P)
+    false_images = ~generate.is_true(ids[:B].expand(P, B, -1), true).T  # (B, P)
+    false_texts = ~generate.is_true(ids.expand(B, P, -1), true[:B])  # (B, P)
     hard_images = generate.select_hardest(image_scores, false_images, min(hard, P))
     hard_texts = generate.select_hardest(text_scores, false_texts, min(hard, P))
     return hard_images, hard_texts
-
-
-def prepare_images(model, batch):
-    """The regions of a batch, embedded once for all the pairs that they will be part of."""
-    return model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
 
 
 def heads_over(model, images, pad_id):
@@ -384,7 +359,8 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
     B, M, T = batch["masked"].shape
     fill, match = heads_over(model, images, tokenizer.pad_id)
     if writer is not None:
-        fill, _ = heads_over(writer, prepare_images(writer, batch), tokenizer.pad_id)
+        regions = writer.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
+        fill, _ = heads_over(writer, regions, tokenizer.pad_id)
     writer_images = None  # each masked caption with its own picture, as in the paper
     if args.writer_sees == "other":
         writer_images = generate.other_images(B, M, rng)
@@ -393,7 +369,7 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
         match,
         batch["input_ids"][:B, :T],
         None,
-        batch["own"][:B],
+        batch["true_captions"][:B],
         mask_id=tokenizer.mask_id,
         vocabulary_range=tokenizer.word_range,
         pad_id=tokenizer.pad_id,
@@ -433,7 +409,7 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
         if weights.keys() & {"itm", "hard"}:
             ids = batch["input_ids"]
             texts = model.prepare_text(ids, ids != tokenizer.pad_id)
-            images = prepare_images(model, batch)
+            images = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         if "itm" in weights:
             count = args.wrong_partners
             batch |= draw_wrong_partners(model, texts, images, batch, count, device_rng)
@@ -441,10 +417,10 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
             retrieved = retrieve_negatives(
                 model, texts, images, batch, args.retrieved, args.score_batch
             )
-        if weights.keys() & {"tags", "wod", "woc"}:
-            negatives = write_negatives(
-                model, images, writer, batch, tokenizer, args, rng, device_rng
-            )
+            if weights.keys() - {"hard", "mlm"}:  # a term that learns from written sentences
+                negatives = write_negatives(
+                    model, images, writer, batch, tokenizer, args, rng, device_rng
+                )
 
     # With gradient: only the true pairs and what was found hard is encoded again.
     with autocast(device, args.dtype):
@@ -510,19 +486,17 @@ def only_run_in(folder):
 FORMAT = 2  # of our checkpoints
 
 
-def load_checkpoint(path, own=False):
-    """The dictionary in a file: a checkpoint of ours, or, unless `own`, official weights too."""
+def load_checkpoint(path, official=False):
+    """The dictionary in a file: a checkpoint of ours or, where `official`, any other weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:  # torch.load raises half a dozen kinds, with advice that would be unsafe
         state = None
-    if not isinstance(state, dict) or (own and "arguments" not in state):
-        text = "no checkpoint of this program; official weights start a run with --init"
-        raise InputError(f"{path}: {text if own else 'holds no weights'}")
-    if "arguments" in state and state.get("format") != FORMAT:
-        raise InputError(f"{path}: not of format {FORMAT}, which is read here; train it again")
+    if not isinstance(state, dict) or not (official or state.get("format") == FORMAT):
+        text = f"no checkpoint of format {FORMAT}; official weights start a run with --init"
+        raise InputError(f"{path}: {text}")
     return state
 
 
@@ -530,17 +504,16 @@ def phase_plan(args):
     """[(phase, steps, {term: weight}, peak learning rate)] of the run. A term of weight 0 drops
     out, and its work with it; in the warm-up the masked LM, which teaches the words, weighs 1."""
     peaks = {"warmup": args.warmup_lr, "tags": args.lr, "dc": args.dc_lr}
-    shares = dict(phase.split("=") for phase in args.phases)
+    shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
     if args.init:
         shares.pop("warmup", None)
-    whole = sum(map(float, shares.values()))
     plan = []
-    for phase, terms in PHASES.items():
-        steps = round(args.steps * float(shares.get(phase, 0)) / max(whole, 1e-9))
-        weights = {term: UNIT_WEIGHT.get(term) or vars(args)[f"lambda_{term}"] for term in terms}
+    for phase in PHASES:
+        lambdas = {term: vars(args)[f"lambda_{term}"] for term in TERMS if phase in TERMS[term][0]}
         if phase == "warmup":
-            weights["mlm"] = 1.0
-        weights = {term: weight for term, weight in weights.items() if weight > 0}
+            lambdas["mlm"] = 1.0
+        weights = {term: weight for term, weight in lambdas.items() if weight > 0}
+        steps = round(args.steps * shares.get(phase, 0) / max(sum(shares.values()), 1e-9))
         if steps > 0:
             plan.append((phase, steps, weights, peaks[phase]))
     return plan
@@ -698,7 +671,7 @@ class Trainer:
 
     def end_phase(self, phase):
         """The phase's best weights go on, not its last."""
-        self.model.load_state_dict(load_checkpoint(self.out / "best.pt", own=True)["model"])
+        self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
         if phase == "warmup":
             self.progress.warmup, _, _ = test_report(self.model, self.data, self.args, self.device)
         with self.held():
@@ -716,7 +689,7 @@ class Trainer:
             means[name] = values[values.isfinite()].mean().item()  # nan where none is
         skipped = torch.stack(self.history["skipped"])
         means["skipped"] = int(skipped.sum())
-        self.watch(means, phase, lr)
+        self.watch(means, phase)
         self.history = {}
         planned = [steps for _, steps, _, _ in self.plan]
         done = sum(planned[: self.progress.phase]) + self.progress.step
@@ -733,14 +706,13 @@ class Trainer:
         eta = f"ETA {pace * (sum(planned) - done) / 60:.1f} min"
         say("  ".join([f"{phase} {done}/{sum(planned)}", *shown, eta]))
 
-    def watch(self, means, phase, lr):
+    def watch(self, means, phase):
         """Ends a run whose numbers are not finite; says once what silently makes it worthless."""
         if self.skipped_in_a_row.item() >= 20:
             faulty = [name for name, values in self.history.items() if not values[-1].isfinite()]
             raise InputError(
-                f"20 steps in a row without a finite gradient at step {self.progress.step} of"
-                f" {phase} (not finite: {', '.join(faulty) or 'the gradient alone'}): lower the"
-                f" learning rate, now {lr:.1e}; {self.out}/last.pt has weights from before"
+                f"no finite gradient in 20 steps up to step {self.progress.step} of {phase} (not"
+                f" finite: {', '.join(faulty)}): lower the learning rate; last.pt is from before"
             )
         if abs(means.get("positive", 1.0) - means.get("retrieved", 0.0)) < 1e-3:
             self.warn("true pairs and negatives score alike: lower --lr or lengthen the warm-up")
@@ -837,7 +809,7 @@ def tailored_examples(model, data, split, args, device, count):
         data, split, captions, len(captions), device, rng, args.maskings, args.mask_probability
     )
     with evaluate.inference(model, device, args.dtype):
-        prepared = prepare_images(model, batch)
+        prepared = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         made = write_negatives(model, prepared, None, batch, data.tokenizer, args, rng, device_rng)
     return {
         "captions": captions,
@@ -911,15 +883,13 @@ def choose_hardware(args):
     return device, fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def make_model(args, data, state):
-    """The network: from our checkpoint or official weights if there are any, else fresh."""
+def make_model(args, data, source, state):
+    """The network: as the file `source` holds it, ours or official weights; None: a fresh one."""
     sizes = {"vocab_size": len(data.tokenizer.tokens), "feature_size": data.regions.feature_size}
-    if state is None:
+    if source is None:
         return TagsDC(Config.preset(args.size, dropout=args.dropout, **sizes))
-    source = args.eval or args.checkpoint or args.init
-    own = "config" in state
     with datasets.one_line_errors(source, "weights, vocab.txt and features must belong together"):
-        if own:
+        if "config" in state:
             config = Config(**state["config"] | {"dropout": args.dropout})
         else:
             config = Config.from_uniter(state, args.heads, args.dropout, sizes["vocab_size"])
@@ -927,7 +897,7 @@ def make_model(args, data, state):
             if getattr(config, name) != size:
                 raise ValueError(f"its {name} is {getattr(config, name)}, the data's {size}")
         model = TagsDC(config)
-        if own:
+        if "config" in state:
             if not all(values.isfinite().all() for values in state["model"].values()):
                 raise ValueError("holds numbers that are not finite")
             model.load_state_dict(state["model"])
@@ -937,15 +907,16 @@ def make_model(args, data, state):
     return model
 
 
-def load_any(args, state):
-    """The data of a run. Of several processes the first one converts the region features, for
-    hours if need be; the others wait, and then find the store in place."""
-    state = state or {}
+def load_all(args, source, device):
+    """What a run works on -> data, model, and what the file `source` holds, a dict (None: {}).
+    Of several processes the first one converts the region features, for hours if need be; the
+    others wait, and then find the store in place."""
+    # A checkpoint brings its vocabulary and sizes along, so it is read before data and model.
+    state = load_checkpoint(source, official=source == args.init) if source else {}
     inner = Path("data") / Path(args.data).stem
-    others = (args.eval, args.checkpoint, args.init)
     shared = {
         "store": Path(args.out) / inner,
-        "elsewhere": [Path(path).parent / inner for path in others if path],
+        "elsewhere": [Path(path).parent / inner for path in (source, args.init) if path],
         "tokens": state.get("tokens"),
     }
     if RANK > 0:
@@ -960,26 +931,23 @@ def load_any(args, state):
         dist.barrier()
     for note in data.notes:
         say(note)
-    return data
+    return data, make_model(args, data, source, state).to(device), state
 
 
 def train(args, device, signals):
     """A training run from its first step or, with --resume, from its last checkpoint."""
     last = Path(args.out) / "last.pt"
-    saved = load_checkpoint(last, own=True) if args.resume and last.exists() else None
-    # A checkpoint brings its vocabulary and sizes along, so it is read before data and model.
-    start = saved or (load_checkpoint(args.init) if args.init else None)
-    if saved is None and RANK == 0:
-        last.unlink(missing_ok=True)  # of an earlier run, which is not to be gone on with
-        write_text(last.with_name("run.json"), json.dumps({"arguments": saved_arguments(args)}))
-    data = load_any(args, start)
+    goes_on = args.resume and last.exists()
+    data, model, state = load_all(args, last if goes_on else args.init, device)
     if "train" not in data.splits:
         raise InputError(f"{args.data}: no captions of the train split to learn from")
-    model = make_model(args, data, start).to(device)
+    if RANK == 0 and not goes_on:
+        last.unlink(missing_ok=True)  # of an earlier run, which is not to be gone on with
+        write_text(last.with_name("run.json"), json.dumps({"arguments": saved_arguments(args)}))
     model.recompute = args.recompute
     trainer = Trainer(args, data, model, device, signals)
-    if saved:
-        trainer.resume(saved)
+    if goes_on:
+        trainer.resume(state)
     trainer.train()
     finish(args, data, model, device, vars(trainer.progress))
 
@@ -999,9 +967,7 @@ def run(args, signals):
     if not (args.eval or args.checkpoint):
         with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
             return train(args, device, signals)
-    state = load_checkpoint(args.eval or args.checkpoint, own=True)
-    data = load_any(args, state)
-    model = make_model(args, data, state).to(device)
+    data, model, state = load_all(args, args.eval or args.checkpoint, device)
     if args.eval:
         return finish(args, data, model, device, state["progress"])
     asked = (final_split(data), args.query, args.image, out / "search.png")
@@ -1020,9 +986,7 @@ def main(argv=None):
         print("interrupted; what is saved stays whole, --resume goes on", file=sys.stderr)
         return 128 + stop.args[0]
     except torch.cuda.OutOfMemoryError:
-        fault = (
-            "out of memory: --recompute, or lower --score-batch, --batch-size, --maskings, --hard"
-        )
+        fault = "out of memory: --recompute, or lower --score-batch, --batch-size, --maskings"
     except (InputError, OSError) as error:
         fault = " ".join(str(error).split())
     finally:

@@ -236,7 +236,9 @@ class Plain:
 def plain_negatives(plain, batch, args, vocabulary_range, device_rng):
     """What plain_step learns from: (index, valid) of hard images and of hard texts, sentences
     (B, H, T), valid (B, H) and originals (B * H, T), -1 where a word is the caption's."""
-    ids, own, masked, labels = (batch[name] for name in ("input_ids", "own", "masked", "labels"))
+    ids, own, masked, labels = (
+        batch[name] for name in ("input_ids", "true_captions", "masked", "labels")
+    )
     images = [batch[name] for name in ("features", "boxes", "region_mask")]
     p, size, n = len(ids), args.score_batch, args.maskings * args.refills
     b, _, t = masked.shape

@@ -160,9 +160,7 @@ def blind_accuracy(place):
     """
     args = tagsdc.parse_arguments(["--eval", str(place / "best.pt")])
     device, args.dtype = tagsdc.choose_hardware(args)
-    state = tagsdc.load_checkpoint(args.eval, own=True)
-    data = tagsdc.load_any(args, state)
-    model = tagsdc.make_model(args, data, state).to(device)
+    data, model, _ = tagsdc.load_all(args, args.eval, device)
     torch.manual_seed(args.seed)
     blind = tagsdc.TagsDC(model.config).to(device)
     optimizer = torch.optim.AdamW(blind.parameters(), lr=1e-3)
