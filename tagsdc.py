@@ -1,6 +1,6 @@
 """TAGS-DC from one command: train, evaluate, search, study (see README.md).
 
-Reading order: training_step, Trainer.train, run; every default stands in OPTIONS, and only there.
+Reading order: training_step, Trainer.train, run; every default stands in TERMS and OPTIONS.
 Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text
 positions, R regions, M maskings, K refills, H kept negatives, C captions of an image, q masked
 words of all anchors. Every mask: True = real / usable.
@@ -9,9 +9,7 @@ words of all anchors. Every mask: True = real / usable.
 import argparse
 import contextlib
 import copy
-import functools
 import json
-import math
 import os
 import re
 import runpy
@@ -37,7 +35,7 @@ from model import PRESETS, Config, TagsDC, autocast, fast_dtype
 
 # warmup replaces the pre-trained UNITER of the paper, and is left out with --init. tags adds the
 # negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
-PHASES = ("warmup", "tags", "dc")
+PHASES = {"warmup": "warmup_lr", "tags": "lr", "dc": "dc_lr"}  # and the options of their rates
 TERMS = {  # of the objective: (phases, default weight, help of its --lambda); see losses.Objective
     "itm": ("warmup", 1.0, "weight of matching in the warm-up"),
     "hard": ("tags dc", 1.0, "weight of the triplet loss of retrieved negatives (paper: 1)"),
@@ -66,7 +64,6 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("scenes", [1000, 100, 250], "images in train, val and test of the embedded world"),
         ("size", "tiny", "of the network (paper: base, large)"),
         ("init", None, "start from our checkpoint or official UNITER weights, without warm-up"),
-        ("heads", 0, "attention heads of --init weights; 0: they are 64 wide"),
         ("dropout", 0.0, "paper: 0.1"),
     ],
     "training": [
@@ -121,30 +118,27 @@ RELEASE |= dict(writer_sees="own", truth_threshold=1.0, lambda_wod=5e-4, lambda_
 RELEASE |= dict(steps=5000, lambda_mlm=0.05, lr=5e-5, dc_lr=1e-5)
 STAGE_1 = RELEASE | dict(phases=["tags=1"])
 STAGE_2 = RELEASE | dict(phases=["dc=1"])
-LARGE = dict(size="large", lambda_tags=1e-3)
-LARGE_23 = LARGE | dict(retrieved=23, hard=23)
+LARGE = dict(size="large", lambda_tags=1e-3, retrieved=23, hard=23)
 RECIPES = {
     "coco-base-1": STAGE_1 | dict(lambda_tags=5e-5, lambda_mlm=0.01),
     "coco-base-2": STAGE_2 | dict(lambda_tags=1e-4, steps=1500),
-    "coco-large-1": STAGE_1 | LARGE_23 | dict(lr=4e-5),
-    "coco-large-2": STAGE_2 | LARGE,
+    "coco-large-1": STAGE_1 | LARGE | dict(lr=4e-5),
+    "coco-large-2": STAGE_2 | dict(size="large", lambda_tags=1e-3),
     "flickr-base-1": STAGE_1 | dict(lambda_tags=5e-4, temperature=2.0, batch_size=16),
     "flickr-base-2": STAGE_2 | dict(lambda_tags=5e-4, lambda_mlm=0.1),
-    "flickr-large-1": STAGE_1 | LARGE_23,
-    "flickr-large-2": STAGE_2 | LARGE_23 | dict(steps=1500),
+    "flickr-large-1": STAGE_1 | LARGE,
+    "flickr-large-2": STAGE_2 | LARGE | dict(steps=1500),
 }
 QUICK = dict(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"])
 QUICK |= dict(warmup_batch_size=16, analyse_images=30, log_every=20)
 CHOICES = {"size": PRESETS, "recipe": RECIPES, "writer-sees": ("own", "other")}
-CHOICES |= {"device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES |= {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
 
 # What a call says of itself; everything else belongs to the run and comes back with it.
 OF_THIS_CALL = ("eval", "checkpoint", "query", "image", "resume", "out", "study")
-# What may be another when an interrupted run goes on.
-MAY_CHANGE = ("device", "probe", "save_scores", "score_batch", "analyse_images")
-# Numbers are above 0; these, and those that are 0 by default, may be 0.
-MAY_BE_ZERO = ["words_first", "original_weight"]
-MAY_BE_ZERO += [f"lambda_{term}" for term in TERMS if term != "hard"]
+# Numbers are above 0; these may be 0.
+MAY_BE_ZERO = [f"lambda_{term}" for term in TERMS if term != "hard"]
+MAY_BE_ZERO += ["words_first", "original_weight", "study", "dropout", "seed"]
 AT_MOST = {"dropout": 0.99, "words_first": 1, "mask_probability": 1, "seed": 2**32}
 AT_MOST |= {"warmup_mask_probability": 1, "truth_threshold": 1}
 
@@ -152,8 +146,9 @@ AT_MOST |= {"warmup_mask_probability": 1, "truth_threshold": 1}
 def make_parser():
     """The table of options as a parser that returns only what was given. The type of an option is
     that of its default: a bool is a switch, a list takes several values, None stands for a text."""
-    title = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description="TAGS-DC, see README.md", argument_default=argparse.SUPPRESS
+    )
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, text in options:
@@ -173,8 +168,7 @@ def parse_arguments(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     values = DEFAULTS | RECIPES.get(given.get("recipe"), {})
-    if given.get("quick"):
-        values |= QUICK
+    values |= QUICK if given.get("quick") else {}
     name = Path(given.get("data", "scenes")).stem.removeprefix("dataset_")
     values["out"] = given.get("out", f"runs/{'study' if given.get('study') else name}")
     source = given.get("eval") or given.get("checkpoint")
@@ -182,14 +176,13 @@ def parse_arguments(argv=None):
     saved = {}
     if given.get("resume"):
         saved = datasets.read_json(Path(values["out"]) / "run.json")["arguments"]
-        for name in given.keys() & kept - set(MAY_CHANGE):
+        for name in given.keys() & kept - {"device", "score_batch"}:
             before = saved.get(name, DEFAULTS[name])  # an option may be younger than the run
             if given[name] != before:
-                option = name.replace("_", "-")
-                parser.error(f"--resume: the run has --{option} {before}; leave it out")
+                parser.error(f"--resume keeps --{name.replace('_', '-')} {before}; leave it out")
     elif source:
         saved = load_checkpoint(source)["arguments"]
-        kept -= {"init", "heads", "device", "probe", "save_scores"}
+        kept -= {"init", "device", "probe", "save_scores"}
         if "data" in given:  # leaves behind where the old data lay
             kept -= {"root", "features", "phrases", "skip_bad"}
         values["out"] = str(Path(source).parent)  # pictures go beside the checkpoint
@@ -200,19 +193,15 @@ def parse_arguments(argv=None):
 
 
 def check(parser, args):
-    """Refuses numbers out of range, options that do not go together, files that are not there."""
+    """Refuses numbers out of range, options that do not go together, probes that are not there."""
     for name, value in vars(args).items():
-        least = 0 if DEFAULTS[name] == 0 or name in MAY_BE_ZERO else 1e-12
+        least = 0 if name in MAY_BE_ZERO else 1e-12
         most = AT_MOST.get(name, 1e12)
         if type(value) in (int, float) and not least <= value <= most:
-            option = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{option}: must be between {least:g} and {most:g}")
+            parser.error(f"--{name.replace('_', '-')} {value}: not between {least:g} and {most:g}")
     for phase in args.phases:
         if not re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase):
             parser.error(f"--phases {phase}: NAME=SHARE of {', '.join(PHASES)}, SHARE above 0")
-    for path in (args.phrases, *args.probe):
-        if path and not Path(path).is_file():
-            parser.error(f"{path}: no such file")
     asked = bool(args.query or args.image)
     faults = {
         "--scenes: images of train, val and test": len(args.scenes) != 3 or min(args.scenes) < 1,
@@ -221,8 +210,8 @@ def check(parser, args):
         f"--pool {args.pool} is smaller than --batch-size": args.pool < args.batch_size,
         "--query or --image and --checkpoint go together": asked != bool(args.checkpoint),
         "--steps too few, or --init, so no warm-up, and no other phase": not phase_plan(args),
-        "--heads goes with --init": args.heads and not args.init,
     }
+    faults |= {f"{path}: no such file": not Path(path).is_file() for path in args.probe}
     for fault, found in faults.items():
         if found:
             parser.error(fault)
@@ -239,49 +228,37 @@ def draw_pairs(split, count, rng):
     return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
 
 
-def make_batch(data, split, captions, anchors, device, rng, maskings, probability):
+def make_batch(data, split, captions, B, device, rng, maskings, probability):
     """Tensors of P pairs, their captions given by index; the first B of them are the anchors.
-
     What is random here is drawn on the CPU, so that no size need be asked of a GPU.
     Returns a dict of tensors on the device: input_ids (P, T), true_captions (P, C, T') of each
     image, features (P, R, F), boxes (P, R, 7), region_mask (P, R); of the anchors masked (B, M, T),
     places (q,) of their masked words in it, flat, and targets (q,), the words there. And labels
-    (B, M, T), the same words in place, on the CPU.
-    """
+    (B, M, T), the same words in place, on the CPU."""
     images = data.splits[split].image_of_caption[captions]
     input_ids = data.text(split, captions)
-    phrases = data.phrases(split, captions[:anchors])
-    originals = input_ids[:anchors, : phrases.size(2)]
-    mask_id = data.tokenizer.mask_id
-    word_range = data.tokenizer.word_range
+    phrases = data.phrases(split, captions[:B])
+    originals = input_ids[:B, : phrases.size(2)]
+    tokenizer = data.tokenizer
     masked, labels = generate.mask_phrases(
-        originals, phrases, mask_id, word_range, maskings, probability, rng
+        originals, phrases, tokenizer.mask_id, tokenizer.word_range, maskings, probability, rng
     )
     places = (labels.flatten() >= 0).nonzero()[:, 0]  # (q,)
     targets = labels.flatten()[places]
     padding = -len(places) % 128  # since a CPU makes a bfloat16 kernel for each number of words
     features, boxes, region_mask = data.image(split, images)
-    batch = {
-        "input_ids": input_ids,
-        "true_captions": data.own_captions(split, images),
-        "features": features,
-        "boxes": boxes,
-        "region_mask": region_mask,
-        "masked": masked,
-        "places": F.pad(places, (0, padding)),
-        "targets": F.pad(targets, (0, padding), value=-1),
-    }
+    batch = {"input_ids": input_ids, "true_captions": data.own_captions(split, images)}
+    batch |= {"features": features, "boxes": boxes, "region_mask": region_mask, "masked": masked}
+    batch["places"] = F.pad(places, (0, padding))
+    batch["targets"] = F.pad(targets, (0, padding), value=-1)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     return batch | {"labels": labels}
 
 
 def draw_wrong_partners(model, texts, images, batch, count, rng):
-    """For each pair of a batch the image and the caption of another pair, for matching.
-
-    They are drawn among the `count` pairs behind (images) and before (captions) it, the likelier
-    the higher they score, as in ALBEF: random ones teach little but the last noun. Returns
-    wrong_images, wrong_texts (B,) and wrong_valid (B,), False where they are true.
-    """
+    """For each pair another one's image and caption, to tell from its own: among the `count` pairs
+    behind (images) or before (captions) it, the likelier the higher they score, as in ALBEF.
+    Returns wrong_images, wrong_texts and wrong_valid (B,), False where they are true."""
     ids = batch["input_ids"]  # (B, T)
     B = len(ids)
     row = torch.arange(B, device=ids.device)
@@ -307,7 +284,7 @@ def draw_by_score(scores, valid, rng):
     """One column of each row, drawn from the softmax of the valid scores: (B, K) -> (B, 1)."""
     # The largest score plus Gumbel noise is such a draw, and a GPU makes it without a halt.
     noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=rng).log()
-    return (scores - noise).masked_fill(~valid, -math.inf).argmax(1, keepdim=True)
+    return (scores - noise).masked_fill(~valid, float("-inf")).argmax(1, keepdim=True)
 
 
 def retrieve_negatives(model, texts, images, batch, hard, score_batch):
@@ -337,8 +314,7 @@ def retrieve_negatives(model, texts, images, batch, hard, score_batch):
 
 
 def heads_over(model, images, pad_id):
-    """The fill and match that generate.py asks for: masked-LM and matching heads of the model,
-    over prepared images."""
+    """The fill and match that generate.py asks for: heads of the model over prepared images."""
 
     def fill(ids, image_index, places):  # (n, T), (n,), (q,) -> (q, V)
         texts = model.prepare_text(ids, ids != pad_id)
@@ -364,6 +340,7 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
     writer_images = None  # each masked caption with its own picture, as in the paper
     if args.writer_sees == "other":
         writer_images = generate.other_images(B, M, rng)
+    settings = ("refills", "hard", "temperature", "truth_threshold")
     return generate.tailor_negatives(
         fill,
         match,
@@ -373,10 +350,7 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
         mask_id=tokenizer.mask_id,
         vocabulary_range=tokenizer.word_range,
         pad_id=tokenizer.pad_id,
-        refills=args.refills,
-        hard=args.hard,
-        temperature=args.temperature,
-        truth_threshold=args.truth_threshold,
+        **{name: vars(args)[name] for name in settings},
         masks=(batch["masked"], batch["labels"]),
         writer_images=writer_images,
         chunk_size=args.score_batch,
@@ -386,24 +360,22 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
 
 def training_step(objective, data, args, weights, rng, device_rng, device, writer=None):
     """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted losses.
-
     weights: {term: weight}; without "hard" (in the warm-up) a plain batch is drawn. rng draws on
     the CPU, device_rng on the device. writer: refills, if it is not the network that learns.
-    Returns the loss, a scalar with gradient, and {name: scalar} of terms and diagnostics without.
-    """
+    Returns the loss, a scalar with gradient, and {name: scalar}, terms and diagnostics, without."""
     model = getattr(objective, "module", objective).model
     shape = (args.pool, args.batch_size, args.maskings, args.mask_probability)
     if "hard" not in weights:
         shape = (args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability)
-    pool, anchors, maskings, probability = shape
+    pool, B, maskings, probability = shape
     # A pool of pairs, the first of which are the anchors that the step learns from.
     captions = draw_pairs(data.splits["train"], pool, rng)
-    anchors = min(anchors, len(captions))
-    batch = make_batch(data, "train", captions, anchors, device, rng, maskings, probability)
+    B = min(B, len(captions))
+    batch = make_batch(data, "train", captions, B, device, rng, maskings, probability)
 
     # Without gradient and without dropout: which images, captions and written sentences are hard.
     retrieved = None
-    negatives = None
+    written = None
     tokenizer = data.tokenizer
     with evaluate.inference(model, device, args.dtype):
         if weights.keys() & {"itm", "hard"}:
@@ -414,23 +386,21 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
             count = args.wrong_partners
             batch |= draw_wrong_partners(model, texts, images, batch, count, device_rng)
         if "hard" in weights:
-            retrieved = retrieve_negatives(
-                model, texts, images, batch, args.retrieved, args.score_batch
-            )
-            if weights.keys() - {"hard", "mlm"}:  # a term that learns from written sentences
-                negatives = write_negatives(
-                    model, images, writer, batch, tokenizer, args, rng, device_rng
-                )
+            count = args.retrieved
+            retrieved = retrieve_negatives(model, texts, images, batch, count, args.score_batch)
+            if weights.keys() - {"hard", "mlm"}:  # terms that learn from written sentences
+                draws = (rng, device_rng)
+                written = write_negatives(model, images, writer, batch, tokenizer, args, *draws)
 
     # With gradient: only the true pairs and what was found hard is encoded again.
     with autocast(device, args.dtype):
-        terms, seen = objective(batch, weights, retrieved, negatives)
+        terms, seen = objective(batch, weights, retrieved, written)
     loss = sum(weight * terms[name] for name, weight in weights.items())
     values = {"loss": loss} | terms | seen
     return loss, {name: value.detach() for name, value in values.items()}
 
 
-# ---- interruption and processes ----------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------
 
 
 class Signals:
@@ -449,6 +419,7 @@ class Signals:
         self.noted = number
 
 
+FORMAT = 2  # of our checkpoints
 # Of this process, and how many there are: torchrun says so. The first one alone writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -466,31 +437,11 @@ def write_text(path, text):
         datasets.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def only_run_in(folder):
-    """Holds a lock on a run directory, so that two runs cannot write into it at once."""
-    with open(folder / "lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has none: there nothing is locked
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                text = f"{folder}: another run is writing here; wait for it, or give another --out"
-                raise InputError(text) from None
-        yield  # the lock ends with the file, however the program ends
-
-
-# ---- the run -----------------------------------------------------------------------------------
-
-FORMAT = 2  # of our checkpoints
-
-
 def load_checkpoint(path, official=False):
     """The dictionary in a file: a checkpoint of ours or, where `official`, any other weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         raise
     except Exception:  # torch.load raises half a dozen kinds, with advice that would be unsafe
         state = None
@@ -503,29 +454,26 @@ def load_checkpoint(path, official=False):
 def phase_plan(args):
     """[(phase, steps, {term: weight}, peak learning rate)] of the run. A term of weight 0 drops
     out, and its work with it; in the warm-up the masked LM, which teaches the words, weighs 1."""
-    peaks = {"warmup": args.warmup_lr, "tags": args.lr, "dc": args.dc_lr}
     shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
     if args.init:
         shares.pop("warmup", None)
     plan = []
-    for phase in PHASES:
+    for phase, rate in PHASES.items():
         lambdas = {term: vars(args)[f"lambda_{term}"] for term in TERMS if phase in TERMS[term][0]}
         if phase == "warmup":
             lambdas["mlm"] = 1.0
         weights = {term: weight for term, weight in lambdas.items() if weight > 0}
         steps = round(args.steps * shares.get(phase, 0) / max(sum(shares.values()), 1e-9))
         if steps > 0:
-            plan.append((phase, steps, weights, peaks[phase]))
+            plan.append((phase, steps, weights, vars(args)[rate]))
     return plan
 
 
 class Trainer:
     """A training run: the model, where it stands, and all that its checkpoints hold.
-
     Each phase of the plan begins with a fresh optimiser and the best weights of the one before, and
     ends with its own best weights in best.pt. last.pt is where --resume goes on. Of several
-    processes (torchrun) each draws its own batches and pools; the first one alone writes.
-    """
+    processes (torchrun) each draws its own batches and pools; the first one alone writes."""
 
     def __init__(self, args, data, model, device, signals):
         self.args = args
@@ -557,18 +505,16 @@ class Trainer:
         self.at_line = True  # a line of the log, and with it a checkpoint, is due
         self.history = {}  # {name: [scalars]} of the steps since the last row of the log
         self.skipped_in_a_row = torch.zeros((), device=device)
-        self.warn = functools.cache(lambda text: say(f"warning: {text}"))  # once
         self.started = time.time()  # of the steps since the last checkpoint
         self.writer = None  # another network than the model, if it is frozen
         self.begin_phase()
 
     def begin_phase(self):
-        """AdamW anew, fused where torch 2.4 can; no weight decay on biases and LayerNorm."""
+        """AdamW anew; no weight decay on biases and LayerNorm."""
         parameters = list(self.model.parameters())
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
         others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-        fused = self.device != "mps"
-        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=fused)
+        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=True)
         phase = self.plan[self.progress.phase][0]
         if self.args.frozen_writer and self.writer is None and phase != "warmup":
             self.writer = copy.deepcopy(self.model).eval()
@@ -609,14 +555,14 @@ class Trainer:
         progress = self.progress
         # The warm-up has two parts, masked words alone and matching, too, each with its own rise
         # (a tenth of the steps) and fall of the learning rate.
-        words = round(self.args.words_first * steps) if phase == "warmup" else 0
+        words_alone = round(self.args.words_first * steps) if phase == "warmup" else 0
         step = progress.step
-        length = words
-        if step < words:
+        length = words_alone
+        if step < words_alone:
             weights = {"mlm": weights["mlm"]}
         else:
-            step -= words
-            length = steps - words
+            step -= words_alone
+            length = steps - words_alone
         lr = peak * min((step + 1) / max(0.1 * length, 1), (length - step) / max(0.9 * length, 1))
         with self.held():
             self.optimise(weights, lr)
@@ -625,7 +571,7 @@ class Trainer:
             if self.at_line:
                 self.report(phase, lr)
                 # --validations times a phase, but not before its new heads have learnt.
-                learnt = {"warmup": words, "tags": 0, "dc": 0.5 * steps}[phase]
+                learnt = {"warmup": words_alone, "tags": 0, "dc": 0.5 * steps}[phase]
                 lines = max(1, steps // self.args.log_every // self.args.validations)
                 due = progress.step > learnt and progress.step % (lines * self.args.log_every) == 0
                 progress.validation_due = due or progress.step == steps
@@ -636,7 +582,6 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         draws = (self.rng, self.device_rng, self.device, self.writer)
-        # Gradients of several batches add up to one step, for a GPU with little memory.
         for _ in range(self.args.accumulate):
             loss, seen = training_step(self.objective, self.data, self.args, weights, *draws)
             (loss / self.args.accumulate).backward()
@@ -647,8 +592,7 @@ class Trainer:
         # Where found_inf is 1 the fused AdamW changes nothing: a skip without asking a GPU.
         skipped = (~norm.isfinite()).float()
         self.optimizer.found_inf = skipped
-        if self.device != "mps" or not skipped:
-            self.optimizer.step()
+        self.optimizer.step()
         self.history.setdefault("skipped", []).append(skipped)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
@@ -683,13 +627,18 @@ class Trainer:
 
     def report(self, phase, lr):
         """A row of the log and a line on the screen: means over the steps since the last one."""
+        if self.skipped_in_a_row.item() >= 20:
+            faulty = [name for name, values in self.history.items() if not values[-1].isfinite()]
+            raise InputError(
+                f"no finite gradient in 20 steps up to step {self.progress.step} of {phase} (not"
+                f" finite: {', '.join(faulty)}): lower the learning rate; last.pt is from before"
+            )
         means = {}
         for name, values in self.history.items():
             values = torch.stack(values).float()
             means[name] = values[values.isfinite()].mean().item()  # nan where none is
         skipped = torch.stack(self.history["skipped"])
         means["skipped"] = int(skipped.sum())
-        self.watch(means, phase)
         self.history = {}
         planned = [steps for _, steps, _, _ in self.plan]
         done = sum(planned[: self.progress.phase]) + self.progress.step
@@ -706,37 +655,17 @@ class Trainer:
         eta = f"ETA {pace * (sum(planned) - done) / 60:.1f} min"
         say("  ".join([f"{phase} {done}/{sum(planned)}", *shown, eta]))
 
-    def watch(self, means, phase):
-        """Ends a run whose numbers are not finite; says once what silently makes it worthless."""
-        if self.skipped_in_a_row.item() >= 20:
-            faulty = [name for name, values in self.history.items() if not values[-1].isfinite()]
-            raise InputError(
-                f"no finite gradient in 20 steps up to step {self.progress.step} of {phase} (not"
-                f" finite: {', '.join(faulty)}): lower the learning rate; last.pt is from before"
-            )
-        if abs(means.get("positive", 1.0) - means.get("retrieved", 0.0)) < 1e-3:
-            self.warn("true pairs and negatives score alike: lower --lr or lengthen the warm-up")
-        if means.get("kept", 1.0) < 0.01:
-            self.warn("hardly any text is usable as a negative: raise --maskings or --temperature")
-
     def save(self, name):
         """Writes everything that --resume, --eval and --init need, and the log beside it."""
-        now = time.time()
-        self.progress.seconds += now - self.started
-        self.started = now
-        state = {
-            "format": FORMAT,
-            "config": vars(self.model.config),
-            "tokens": self.data.tokenizer.tokens,
-            "arguments": saved_arguments(self.args),
-            "model": self.model.state_dict(),
-            "writer": self.writer.state_dict() if self.writer else None,
-            "optimizer": self.optimizer.state_dict(),
-            "progress": vars(self.progress),
-            "history": {key: torch.stack(values) for key, values in self.history.items()},
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "rng": [[generator.get_state() for generator in self.generators]] * WORLD_SIZE,
-        }
+        self.progress.seconds += time.time() - self.started
+        self.started = time.time()
+        state = {"format": FORMAT, "arguments": saved_arguments(self.args)}
+        state |= {"config": vars(self.model.config), "tokens": self.data.tokenizer.tokens}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"writer": self.writer.state_dict() if self.writer else None}
+        state |= {"progress": vars(self.progress), "skipped_in_a_row": self.skipped_in_a_row}
+        state["history"] = {name: torch.stack(values) for name, values in self.history.items()}
+        state["rng"] = [[generator.get_state() for generator in self.generators]] * WORLD_SIZE
         if WORLD_SIZE > 1:  # all come by here, so best.pt is whole before anyone reads it
             dist.all_gather_object(state["rng"], state["rng"][RANK])
         rows = self.progress.log
@@ -781,9 +710,9 @@ def scores_of(model, data, split, args, device, count=None):
     images = torch.arange(len(data.splits[split].images))[:count]
     owner = data.splits[split].image_of_caption
     owner = owner[owner < len(images)]
-    own = torch.arange(len(owner)).tensor_split(WORLD_SIZE)[RANK]
+    part = torch.arange(len(owner)).tensor_split(WORLD_SIZE)[RANK]
     options = scoring(args, device)
-    scores = evaluate.score_matrix(model, data, split, captions=own, images=images, **options)
+    scores = evaluate.score_matrix(model, data, split, captions=part, images=images, **options)
     if WORLD_SIZE > 1:
         parts = [scores] * WORLD_SIZE
         dist.all_gather_object(parts, scores)
@@ -811,13 +740,9 @@ def tailored_examples(model, data, split, args, device, count):
     with evaluate.inference(model, device, args.dtype):
         prepared = model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         made = write_negatives(model, prepared, None, batch, data.tokenizer, args, rng, device_rng)
-    return {
-        "captions": captions,
-        "images": images,
-        "originals": batch["input_ids"][:, : made.sentences.size(2)].cpu(),
-        "sentences": made.sentences.cpu(),
-        "valid": made.valid.cpu(),
-    }
+    originals = batch["input_ids"][:, : made.sentences.size(2)]
+    examples = {"captions": captions, "images": images, "originals": originals.cpu()}
+    return examples | {"sentences": made.sentences.cpu(), "valid": made.valid.cpu()}
 
 
 def test_report(model, data, args, device):
@@ -831,8 +756,7 @@ def test_report(model, data, args, device):
 
 
 def finish(args, data, model, device, progress):
-    """Evaluates on the test split: a table, metrics.json, pictures. progress: of the run that has
-    just ended, or that made the checkpoint, a dict."""
+    """Evaluates on the test split: a table, metrics.json, pictures. progress: a Trainer's."""
     out = Path(args.out)
     split = final_split(data)
     content = data.splits[split]
@@ -851,14 +775,9 @@ def finish(args, data, model, device, progress):
     evaluate.draw_negatives(out / "negatives.png", model, data, split, scores, examples, **options)
     if not args.eval:
         evaluate.draw_curves(out / "curves.png", progress["log"])
-        record = {
-            "test": metrics,
-            "val": progress["best"],
-            "warmup": progress["warmup"],
-            "arguments": saved_arguments(args),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-            "seconds": round(progress["seconds"], 1),
-        }
+        record = {"test": metrics, "val": progress["best"], "warmup": progress["warmup"]}
+        record |= {"arguments": saved_arguments(args), "seconds": round(progress["seconds"], 1)}
+        record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
         write_text(out / "metrics.json", json.dumps(record, indent=1))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
@@ -873,10 +792,10 @@ def saved_arguments(args):
 
 def choose_hardware(args):
     """(device, dtype) that --device and --dtype come to on this machine."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in has if has[name]) if args.device == "auto" else args.device
-    if not has[device]:
-        raise InputError(f"--device {device}: no such device here; use --device cpu")
+    has_gpu = torch.cuda.is_available()
+    device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not has_gpu:
+        raise InputError("--device cuda: no such device here; use --device cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -892,7 +811,7 @@ def make_model(args, data, source, state):
         if "config" in state:
             config = Config(**state["config"] | {"dropout": args.dropout})
         else:
-            config = Config.from_uniter(state, args.heads, args.dropout, sizes["vocab_size"])
+            config = Config.from_uniter(state, None, args.dropout, sizes["vocab_size"])
         for name, size in sizes.items():
             if getattr(config, name) != size:
                 raise ValueError(f"its {name} is {getattr(config, name)}, the data's {size}")
@@ -909,16 +828,13 @@ def make_model(args, data, source, state):
 
 def load_all(args, source, device):
     """What a run works on -> data, model, and what the file `source` holds, a dict (None: {}).
-    Of several processes the first one converts the region features, for hours if need be; the
-    others wait, and then find the store in place."""
+    The first process converts the region features, for hours if need be, and the others wait."""
     # A checkpoint brings its vocabulary and sizes along, so it is read before data and model.
     state = load_checkpoint(source, official=source == args.init) if source else {}
     inner = Path("data") / Path(args.data).stem
-    shared = {
-        "store": Path(args.out) / inner,
-        "elsewhere": [Path(path).parent / inner for path in (source, args.init) if path],
-        "tokens": state.get("tokens"),
-    }
+    elsewhere = [Path(path).parent / inner for path in (source, args.init) if path]
+    tokens = state.get("tokens")
+    shared = {"store": Path(args.out) / inner, "elsewhere": elsewhere, "tokens": tokens}
     if RANK > 0:
         dist.barrier()
     if args.data == "scenes":
@@ -965,8 +881,7 @@ def run(args, signals):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)
     if not (args.eval or args.checkpoint):
-        with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
-            return train(args, device, signals)
+        return train(args, device, signals)
     data, model, state = load_all(args, args.eval or args.checkpoint, device)
     if args.eval:
         return finish(args, data, model, device, state["progress"])
