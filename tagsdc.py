@@ -9,6 +9,7 @@ words of all anchors. Every mask: True = real / usable.
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import os
 import re
@@ -132,7 +133,7 @@ RECIPES = {
 QUICK = dict(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"])
 QUICK |= dict(warmup_batch_size=16, analyse_images=30, log_every=20)
 CHOICES = {"size": PRESETS, "recipe": RECIPES, "writer-sees": ("own", "other")}
-CHOICES |= {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES |= {"device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16")}
 
 # What a call says of itself; everything else belongs to the run and comes back with it.
 OF_THIS_CALL = ("eval", "checkpoint", "query", "image", "resume", "out", "study")
@@ -185,7 +186,8 @@ def parse_arguments(argv=None):
         kept -= {"init", "device", "probe", "save_scores"}
         if "data" in given:  # leaves behind where the old data lay
             kept -= {"root", "features", "phrases", "skip_bad"}
-        values["out"] = str(Path(source).parent)  # pictures go beside the checkpoint
+        if os.access(Path(source).parent, os.W_OK):  # pictures go beside the checkpoint
+            values["out"] = str(Path(source).parent)
     values |= {name: saved[name] for name in kept & saved.keys()}
     args = argparse.Namespace(**values | given)
     check(parser, args)
@@ -195,10 +197,13 @@ def parse_arguments(argv=None):
 def check(parser, args):
     """Refuses numbers out of range, options that do not go together, probes that are not there."""
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
+        least = "at least 0" if name in MAY_BE_ZERO else "above 0"
         most = AT_MOST.get(name, 1e12)
-        if type(value) in (int, float) and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value}: not between {least:g} and {most:g}")
+        if type(value) not in (int, float):
+            continue
+        if not 0 <= value <= most or (value == 0 and least == "above 0"):
+            option = f"--{name.replace('_', '-')} {value}"
+            parser.error(f"{option}: must be {least} and at most {most:g}")
     for phase in args.phases:
         if not re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase):
             parser.error(f"--phases {phase}: NAME=SHARE of {', '.join(PHASES)}, SHARE above 0")
@@ -437,6 +442,21 @@ def write_text(path, text):
         datasets.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Holds a lock on a run directory, so that two runs cannot write into it at once."""
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has none: there nothing is locked
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                text = f"{folder}: another run is writing here; wait for it, or give another --out"
+                raise InputError(text) from None
+        yield  # the lock ends with the file, however the program ends
+
+
 def load_checkpoint(path, official=False):
     """The dictionary in a file: a checkpoint of ours or, where `official`, any other weights."""
     try:
@@ -505,16 +525,18 @@ class Trainer:
         self.at_line = True  # a line of the log, and with it a checkpoint, is due
         self.history = {}  # {name: [scalars]} of the steps since the last row of the log
         self.skipped_in_a_row = torch.zeros((), device=device)
+        self.warn = functools.cache(lambda text: say(f"warning: {text}"))  # once
         self.started = time.time()  # of the steps since the last checkpoint
         self.writer = None  # another network than the model, if it is frozen
         self.begin_phase()
 
     def begin_phase(self):
-        """AdamW anew; no weight decay on biases and LayerNorm."""
+        """AdamW anew, fused where torch 2.4 can; no weight decay on biases and LayerNorm."""
         parameters = list(self.model.parameters())
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
         others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=True)
+        fused = self.device != "mps"
+        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=fused)
         phase = self.plan[self.progress.phase][0]
         if self.args.frozen_writer and self.writer is None and phase != "warmup":
             self.writer = copy.deepcopy(self.model).eval()
@@ -592,7 +614,8 @@ class Trainer:
         # Where found_inf is 1 the fused AdamW changes nothing: a skip without asking a GPU.
         skipped = (~norm.isfinite()).float()
         self.optimizer.found_inf = skipped
-        self.optimizer.step()
+        if self.device != "mps" or not skipped:
+            self.optimizer.step()
         self.history.setdefault("skipped", []).append(skipped)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
@@ -639,6 +662,10 @@ class Trainer:
             means[name] = values[values.isfinite()].mean().item()  # nan where none is
         skipped = torch.stack(self.history["skipped"])
         means["skipped"] = int(skipped.sum())
+        if abs(means.get("positive", 1.0) - means.get("retrieved", 0.0)) < 1e-3:
+            self.warn("true pairs and negatives score alike: lower --lr or lengthen the warm-up")
+        if means.get("kept", 1.0) < 0.01:
+            self.warn("hardly any text is usable as a negative: raise --maskings or --temperature")
         self.history = {}
         planned = [steps for _, steps, _, _ in self.plan]
         done = sum(planned[: self.progress.phase]) + self.progress.step
@@ -792,10 +819,10 @@ def saved_arguments(args):
 
 def choose_hardware(args):
     """(device, dtype) that --device and --dtype come to on this machine."""
-    has_gpu = torch.cuda.is_available()
-    device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
-    if device == "cuda" and not has_gpu:
-        raise InputError("--device cuda: no such device here; use --device cpu")
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in has if has[name]) if args.device == "auto" else args.device
+    if not has[device]:
+        raise InputError(f"--device {device}: no such device here; use --device cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -854,12 +881,12 @@ def train(args, device, signals):
     """A training run from its first step or, with --resume, from its last checkpoint."""
     last = Path(args.out) / "last.pt"
     goes_on = args.resume and last.exists()
-    data, model, state = load_all(args, last if goes_on else args.init, device)
-    if "train" not in data.splits:
-        raise InputError(f"{args.data}: no captions of the train split to learn from")
     if RANK == 0 and not goes_on:
         last.unlink(missing_ok=True)  # of an earlier run, which is not to be gone on with
         write_text(last.with_name("run.json"), json.dumps({"arguments": saved_arguments(args)}))
+    data, model, state = load_all(args, last if goes_on else args.init, device)
+    if "train" not in data.splits:
+        raise InputError(f"{args.data}: no captions of the train split to learn from")
     model.recompute = args.recompute
     trainer = Trainer(args, data, model, device, signals)
     if goes_on:
@@ -881,7 +908,8 @@ def run(args, signals):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)
     if not (args.eval or args.checkpoint):
-        return train(args, device, signals)
+        with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
+            return train(args, device, signals)
     data, model, state = load_all(args, args.eval or args.checkpoint, device)
     if args.eval:
         return finish(args, data, model, device, state["progress"])

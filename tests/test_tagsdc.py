@@ -269,6 +269,12 @@ def test_ctrl_c_saves_and_exits_with_130_even_where_the_shell_ignored_it(world, 
     assert (out / "last.pt").exists() and not list(out.glob("*.part"))
 
 
+def test_a_second_run_in_one_directory_is_refused(world, tmp_path, capsys):
+    with tagsdc.only_run_in(tmp_path):
+        assert tagsdc.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatch, capsys):
     out = share_data(tmp_path / "run", world)
     save = torch.save
@@ -336,6 +342,23 @@ def test_twenty_such_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, ca
     code = rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "40")
     error = capsys.readouterr().err
     assert code == 2 and "step 20" in error and "mlm" in error and "learning rate" in error
+
+
+def test_collapse_and_empty_negatives_are_told_once(
+    world, tmp_path, monkeypatch, capsys, no_report
+):
+    step = tagsdc.training_step
+
+    def collapsed(*arguments):
+        loss, seen = step(*arguments)
+        for name, value in (("positive", 0.5), ("retrieved", 0.5), ("kept", 0.0)):
+            seen[name] = torch.tensor(value)
+        return loss, seen
+
+    monkeypatch.setattr(tagsdc, "training_step", collapsed)
+    rerun(tmp_path / "run", world, *"--phases tags=1 --steps 6".split())
+    out = capsys.readouterr().out
+    assert out.count("score alike") == 1 and out.count("usable as a negative") == 1
 
 
 # ---- evaluation and search ---------------------------------------------------------------------
