@@ -197,21 +197,21 @@ def parse_arguments(argv=None):
 def check(parser, args):
     """Refuses numbers out of range, options that do not go together, probes that are not there."""
     for name, value in vars(args).items():
-        least = "at least 0" if name in MAY_BE_ZERO else "above 0"
+        least = 0 if name in MAY_BE_ZERO else 1e-12
         most = AT_MOST.get(name, 1e12)
-        if type(value) not in (int, float):
-            continue
-        if not 0 <= value <= most or (value == 0 and least == "above 0"):
+        if type(value) in (int, float) and not least <= value <= most:
+            bound = "at least" if least == 0 else "above"
             option = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{option}: must be {least} and at most {most:g}")
+            parser.error(f"{option}: must be {bound} 0 and at most {most:g}")
     for phase in args.phases:
         if not re.fullmatch(rf"({'|'.join(PHASES)})=(?=.*[1-9])\d*\.?\d+", phase):
             parser.error(f"--phases {phase}: NAME=SHARE of {', '.join(PHASES)}, SHARE above 0")
     asked = bool(args.query or args.image)
+    candidates = args.maskings * args.refills
+    sizes = (len(args.scenes), min(args.scenes) > 0)
     faults = {
-        "--scenes: images of train, val and test": len(args.scenes) != 3 or min(args.scenes) < 1,
-        f"--hard {args.hard} exceeds --maskings x --refills": args.hard
-        > args.maskings * args.refills,
+        "--scenes: images of train, val and test, one each at least": sizes != (3, True),
+        f"--hard {args.hard} exceeds --maskings x --refills": args.hard > candidates,
         f"--pool {args.pool} is smaller than --batch-size": args.pool < args.batch_size,
         "--query or --image and --checkpoint go together": asked != bool(args.checkpoint),
         "--steps too few, or --init, so no warm-up, and no other phase": not phase_plan(args),
