@@ -495,9 +495,7 @@ def search(model, data, split, query, image, path, **options):
         names = content.captions
         rows = [(number, [("query", image)])]
     else:
-        raise InputError(
-            f"--image {image}: not among {content.images[0]}, ... of the {split} split"
-        )
+        raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
     scores = scores.sigmoid()
     best = scores.topk(min(6, len(scores))).indices.tolist()
     for i in best:
