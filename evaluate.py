@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,11 @@ from model import autocast
 
 def retrieval_metrics(scores, image_of_caption):
     """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks).
-
     scores: (C, I) float; nan counts against the query, as a tie does. image_of_caption: (C,) long,
     in any order; -1 = a caption of no image, which is only in the way of others.
-    Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}.
-    """
+    Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}."""
     scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
-    fits = scores.dim() == 2 and scores.numel() > 0 and owner.shape == scores.shape[:1]
-    if not fits or owner.max() >= scores.size(1):
+    if scores.dim() != 2 or owner.shape != scores.shape[:1] or owner.max() >= scores.size(1):
         raise ValueError(f"scores (C, I), owners (C,) < I wanted: {scores.shape}, {owner.shape}")
     own = owner[:, None] == torch.arange(scores.size(1), device=owner.device)  # (C, I)
     result = {}
@@ -67,29 +63,28 @@ def precision_at_r(scores, right, count):
 
 
 def eccv_metrics(scores, data, split, root):
-    """precision_at_r on the positives of ECCV Caption and CxC; {} where the files are missing.
-    scores: (C, I) of COCO's test split. root: a folder, somewhere below which they lie.
+    """precision_at_r on the positives of ECCV Caption and CxC, whose files lie side by side
+    somewhere below the folder root; {} if they do not. scores: (C, I) of COCO's test split.
     Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
-    listings = Path(root).glob("**/original_caption_to_image.json")
-    listings = [path for path in listings if path.with_name("coco_test_ids.npy").is_file()]
-    if not listings:
+    found = [*Path(root).glob("**/eccv_caption_to_image.json")]
+    if not found:
         return {}
+    folder = found[0].parent
     owner = data.splits[split].image_of_caption
     images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
     # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
     waiting = {image: (owner == i).nonzero()[:, 0].tolist() for image, i in images.items()}
-    image_of = datasets.read_json(listings[0])  # {caption: [image]}
+    image_of = datasets.read_json(folder / "original_caption_to_image.json")  # {caption: [image]}
     captions = {}
-    ids = np.load(listings[0].with_name("coco_test_ids.npy"), allow_pickle=False)
-    for caption in map(str, ids.tolist()):
-        own = waiting.get(str(image_of[caption][0]))
+    for caption in np.load(folder / "coco_test_ids.npy", allow_pickle=False).tolist():
+        own = waiting.get(str(image_of[str(caption)][0]))
         if own:
-            captions[caption] = own.pop(0)
+            captions[str(caption)] = own.pop(0)
     result = {}
     for name in ("eccv", "cxc"):
-        file = listings[0].with_name(f"{name}_image_to_caption.json")
+        file = folder / f"{name}_image_to_caption.json"
         result |= positives_metrics(f"{name}_tr", file, scores.T, images, captions)
-        file = listings[0].with_name(f"{name}_caption_to_image.json")
+        file = folder / f"{name}_caption_to_image.json"
         result |= positives_metrics(f"{name}_ir", file, scores, captions, images)
     return result
 
@@ -97,12 +92,12 @@ def eccv_metrics(scores, data, split, root):
 def positives_metrics(prefix, file, scores, queries, items):
     """The means of precision_at_r over the queries of a file, {query: [positives]}."""
     found = []
-    for query, positives in (datasets.read_json(file) if file.is_file() else {}).items():
+    for query, positives in datasets.read_json(file).items():
         positives = {str(positive) for positive in positives}
         right = [items[positive] for positive in positives if positive in items]
         if query in queries and right:  # R counts all positives, as in the official code
-            line, right = scores[queries[query]], torch.tensor(right)
-            found.append(precision_at_r(line, right, len(positives)))
+            right = torch.tensor(right)
+            found.append(precision_at_r(scores[queries[query]], right, len(positives)))
     if not found:
         return {}
     values = [*(100 * torch.stack(found).mean(0)).tolist(), len(found)]
@@ -115,8 +110,8 @@ def identification_ceiling(split):
     true = [[describes(text, scene) is True for scene in split.scenes] for text in split.captions]
     true = torch.tensor(true)  # (C, I)
     own = true & (split.image_of_caption[:, None] == torch.arange(len(split.scenes)))
-    tr = own.sum(0) / true.sum(0).clamp(min=1)
-    ir = own.sum(1) / true.sum(1).clamp(min=1)
+    tr = own.sum(0) / true.sum(0)
+    ir = own.sum(1) / true.sum(1)
     return {"ceiling_tr_r1": 100 * tr.mean().item(), "ceiling_ir_r1": 100 * ir.mean().item()}
 
 
@@ -144,7 +139,6 @@ def score_matrix(
     model, data, split, device="cpu", dtype=torch.float, score_batch=128, captions=None, images=None
 ):
     """Matching logits of every caption of a split with every image of it -> (C, I) on the CPU.
-
     captions, images: (C,), (I,) long, those wanted, in that order; None = all.
     An image is prepared once, a caption once for every 256 images."""
     content = data.splits[split]
@@ -172,24 +166,21 @@ def score_matrix(
     return scores
 
 
-def judge_words(
-    model, data, split, sentences, images, device="cpu", dtype=torch.float, score_batch=128
-):
+def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float, score_batch=128):
     """What the heads say of sentences (N, T) long, padded, with images (N,) long of a split.
-
     Returns, on the CPU, matching logits (N,), and of each word (N, T) how sure discrimination is
     that it was replaced (a difference of logits, -inf at no word) and the likeliest original."""
     tokenizer = data.tokenizer
     no_words = torch.tensor([tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id], device=device)
     found = []
     with inference(model, device, dtype):
-        for ids, columns in zip(sentences.to(device).split(score_batch), images.split(score_batch)):
+        for text, columns in zip(ids.to(device).split(score_batch), images.split(score_batch)):
             features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
-            hidden = model(ids, features, boxes, ids != tokenizer.pad_id, region_mask)
+            hidden = model(text, features, boxes, text != tokenizer.pad_id, region_mask)
             words = hidden[:, : ids.size(1)]
             replaced, original = model.discriminate(words).float().unbind(-1)
             suspicion = (replaced - original).nan_to_num()
-            suspicion = suspicion.masked_fill(torch.isin(ids, no_words), -math.inf)
+            suspicion = suspicion.masked_fill(torch.isin(text, no_words), -math.inf)
             # All words at once times a large vocabulary would fill the memory.
             corrections = [model.correct(part).argmax(-1) for part in words.split(16)]
             judged = (model.match(hidden).float(), suspicion, torch.cat(corrections))
@@ -199,10 +190,14 @@ def judge_words(
 
 def score_sentences(model, data, split, texts, images, **options):
     """Matching logits (N,) of sentences, N strings, with images (N,) long of a split."""
-    sentences = Split(data.splits[split].images, data.splits[split].rows, texts, images)
-    own = dataclasses.replace(data, splits={"own": sentences})
-    ids = own.text("own", torch.arange(len(texts)))
-    return judge_words(model, own, "own", ids, images, **options)[0]
+    asked = dataclasses.replace(data.splits[split], captions=texts)
+    asked = dataclasses.replace(data, splits={split: asked})
+    scores = torch.empty(len(texts))
+    for image in images.unique():
+        own = (images == image).nonzero()[:, 0]
+        found = score_matrix(model, asked, split, captions=own, images=image[None], **options)
+        scores[own] = found[:, 0]
+    return scores
 
 
 # ---- generated negatives: do the heads find and mend the wrong word? ---------------------------
@@ -215,12 +210,10 @@ def share(hits):
 
 def word_metrics(suspicion, corrections, sentences, originals):
     """Word discrimination and correction (3.4) over all words at once.
-
     suspicion, corrections: (N, T), of judge_words. sentences, originals: (N, T) long; a word that
     differs is replaced. wod_auc: the probability that a replaced word is more suspicious than an
     original one, a tie is half. wod_most_suspicious: altered sentences whose most suspicious word
-    is a replaced one. wod_precision, wod_recall: of words that are rather replaced than original.
-    """
+    is a replaced one. woc_accuracy: replaced words whose original is the likeliest correction."""
     words = suspicion > -math.inf
     replaced = (sentences != originals) & words
     original = (sentences == originals) & words
@@ -233,17 +226,14 @@ def word_metrics(suspicion, corrections, sentences, originals):
     return {
         "wod_auc": 50 * below.sum().item() / pairs if pairs else 50.0,
         "wod_most_suspicious": share((most_replaced > most_original)[replaced.any(1)]),
-        "wod_precision": share(replaced[suspicion > 0]),
-        "wod_recall": share(high > 0),
         "woc_accuracy": share((corrections == originals)[replaced]),
     }
 
 
 def example_metrics(model, data, split, examples, **options):
-    """word_metrics of generated negatives, their mean matching score (synthetic_score), and
-    sentences_repaired: wrong ones that become right by correction of the most suspicious word: true
-    by the oracle; without one, the original again. By the oracle also fair_negatives (false and
-    grammatical), true_negatives and ungrammatical_negatives.
+    """word_metrics of generated negatives, their mean score (synthetic_score), sentences_repaired,
+    wrong ones that are true once the most suspicious word is corrected (the original, if there is
+    no oracle), and by the oracle fair_negatives (false), true_ and ungrammatical_negatives.
     examples: {"images": (N,), "originals": (N, T), "sentences": (N, H, T), "valid": (N, H)}."""
     row = examples["valid"].nonzero()[:, 0]
     if not len(row):
@@ -299,16 +289,11 @@ def altered_captions(data, split, seed=0):
 
 
 def altered_metrics(model, data, split, scores, seed=0, **options):
-    """Of altered_captions; {} if there are none. scores: (C, I) of the split.
-
+    """Of altered_captions. scores: (C, I) of the split.
     one_word_wrong, and by kind one_word_wrong_colour, ...: captions that score above their altered
-    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not.
-    altered_tr_r1: text R@1 with all altered captions of an image in its gallery.
-    """
+    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not."""
     content = data.splits[split]
     captions, texts, kinds = altered_captions(data, split, seed)
-    if not texts:
-        return {}
     images = content.image_of_caption[captions]
     wrong = score_sentences(model, data, split, texts, images, **options)
     won = scores[captions, images] > wrong
@@ -320,10 +305,6 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     told = [told[n] for n in kept]
     right = score_sentences(model, data, split, told, images[kept], **options)
     metrics["oversensitivity"] = share(~(right > wrong[kept]))
-    rivals = torch.full((len(texts), scores.size(1)), -math.inf)  # (N, I)
-    rivals[torch.arange(len(texts)), images] = wrong
-    owner = torch.cat((content.image_of_caption, torch.full_like(captions, -1)))
-    metrics["altered_tr_r1"] = retrieval_metrics(torch.cat((scores, rivals)), owner)["tr_r1"]
     return metrics
 
 
@@ -331,13 +312,12 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
 
 
 def run_probe(path, model, data, split, **options):
-    """One fine-grained test, known by the fields of its JSON, on the images that have features.
+    """One fine-grained test on those of its images that have features.
     SugarCrepe and VALSE's FOIL: "pairwise", the share of true captions that score above their false
-    ones. FOIL also: word_metrics on the "same_length" items whose texts have as many word pieces.
+    ones, and word_metrics of the "same_length" items whose texts have as many word pieces.
     RoCOCO: text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery.
-    All: "items" used, "total", "held_out" (with an image of this split). The file's name precedes
-    every key. Raises InputError for any other file."""
-    probe, items = read_probe(path)
+    All: "items" used, "total", "held_out" (with an image of this split), after the file's name."""
+    items = read_probe(path)
     row_of = {image_key(name): row for row, name in enumerate(data.regions.names)}
     rows = []
     texts = []
@@ -351,7 +331,7 @@ def run_probe(path, model, data, split, **options):
     result = {"items": len(rows), "total": len(items), "held_out": int(held_out)}
     owner = torch.tensor(owner)
     own = dataclasses.replace(data, splits={"probe": Split(rows, np.array(rows), texts, owner)})
-    if rows and probe == "rococo":
+    if len(texts) > 2 * len(rows):  # not pairs: RoCOCO
         scores = score_matrix(model, own, "probe", **options)
         for prefix, used in (("", owner >= 0), ("altered_", owner >= -1)):
             metrics = retrieval_metrics(scores[used], owner[used])
@@ -361,36 +341,31 @@ def run_probe(path, model, data, split, **options):
         images = torch.arange(len(texts)) // 2
         logits, suspicion, corrections = judge_words(model, own, "probe", ids, images, **options)
         result["pairwise"] = share(logits[::2] > logits[1::2])
-        if probe == "foil":
-            real = ids != data.tokenizer.pad_id
-            same = (real[::2] == real[1::2]).all(1)
-            result["same_length"] = int(same.sum())
-            wrong = torch.arange(1, len(texts), 2)[same]
+        real = ids != data.tokenizer.pad_id
+        same = (real[::2] == real[1::2]).all(1).nonzero()[:, 0]
+        result["same_length"] = len(same)
+        wrong = 2 * same + 1
+        if len(wrong):
             result |= word_metrics(suspicion[wrong], corrections[wrong], ids[wrong], ids[wrong - 1])
     return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
 
 
 def read_probe(path):
-    """A probe's file -> its kind and [(image's name, true captions, false captions)]."""
+    """A probe's file, known by its fields -> [(image's name, true captions, false captions)]."""
     items = datasets.read_json(path)
     found = []
     with datasets.one_line_errors(path, "a file of SugarCrepe, VALSE's FOIL or RoCOCO is expected"):
         for item in items.values() if isinstance(items, dict) else items:
-            if isinstance(item["caption"], list):
-                probe = "rococo"
-                found.append((item["image"], item["caption"][:-5], item["caption"][-5:]))
-            elif "foil" in item:
-                probe = "foil"
-                found.append((item["image_file"], [item["caption"]], [item["foil"]]))
+            name = item.get("image") or item.get("filename") or item["image_file"]
+            true = item["caption"]
+            if isinstance(true, list):
+                true, false = true[:-5], true[-5:]
             else:
-                probe = "sugarcrepe"
-                found.append((item["filename"], [item["caption"]], [item["negative_caption"]]))
-        for name, true, false in found:
+                true, false = [true], [item.get("foil") or item["negative_caption"]]
             if not true or not all(isinstance(t, str) and t for t in (name, *true, *false)):
                 raise ValueError(f"the item of {name} lacks a text")
-        if not found:
-            raise ValueError("it is empty")
-    return probe, found
+            found.append((name, true, false))
+    return found
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -399,53 +374,42 @@ WIDTH = 1120
 INK, GREY = (35, 38, 45), (125, 128, 135)
 RULE, BLUE = (220, 222, 226), (0, 105, 190)
 ORANGE, GREEN = (204, 80, 0), (0, 130, 80)
-LINES = (BLUE, ORANGE, GREEN, (160, 70, 160), (210, 160, 0), GREY)
-PANELS = {
-    "log10 of losses": ("itm", "hard", "mlm", "tags", "wod", "woc"),
-    "matching scores": ("positive", "retrieved", "synthetic"),
-    "validation R@1, %": ("val_tr_r1", "val_ir_r1"),
-}
-Word = namedtuple("Word", "text colour below", defaults=(INK, ""))  # underlined if there is a below
 
 
-def draw_rows(path, rows):
-    """rows: [(PIL picture or None, [(label, text or [Word])])], one below the other, with a thin
-    rule between them. A text takes as many lines as it needs."""
+def draw_rows(path, scenes, rows):
+    """rows: [(number of a scene or None, [(label, text or [(word, colour)])])], one below the
+    other, with a thin rule between them. scenes: None of photographs, which are not drawn."""
     sheet = Image.new("RGB", (WIDTH, 1500 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     top = 0
-    for picture, lines in rows:
+    for number, lines in rows:
         y = top + 16
-        if picture:
-            sheet.paste(picture.convert("RGB").resize((168, 168)), (16, y))
+        shown = scenes and number is not None
+        if shown:
+            picture = datasets.draw(scenes[number]).convert("RGB")
+            sheet.paste(picture.resize((168, 168)), (16, y))
         for label, words in lines:
             pen.text((204, y + 3), label, GREY, font_size=15)
-            words = [Word(word) for word in words.split()] if isinstance(words, str) else words
-            height = 48 if any(word.below for word in words) else 28
+            words = [(word, INK) for word in words.split()] if isinstance(words, str) else words
             x = 350
-            for text, colour, below in words:
-                width = pen.textlength(text, font_size=18)
-                wide = max(width, pen.textlength(below, font_size=14))
-                if x + wide > WIDTH - 16:
-                    x, y = 350, y + height
-                pen.text((x, y), text, colour, font_size=18)
-                if below:
-                    pen.rectangle((x, y + 22, x + width, y + 24), BLUE)
-                    pen.text((x, y + 27), below, GREEN, font_size=14)
-                x += wide + 6
-            y += height
-        top = max(y, top + 192 if picture else 0) + 10
+            for word, colour in words:
+                width = pen.textlength(word, font_size=18)
+                if x + width > WIDTH - 16:  # goes on in the next line
+                    x, y = 350, y + 28
+                pen.text((x, y), word, colour, font_size=18)
+                x += width + 6
+            y += 28
+        top = max(y, top + 192 if shown else 0) + 10
         pen.line((0, top - 1, WIDTH, top - 1), RULE)
     sheet.crop((0, 0, WIDTH, top)).save(path)
 
 
 def draw_negatives(path, model, data, split, scores, examples, count=6, **options):
-    """For `count` images: the caption, the hardest retrieved one, and three generated ones with
-    their most suspicious word and what word correction puts there. scores: (C, I). examples: as
-    for example_metrics, and "captions" (N,)."""
+    """For some images the caption, the hardest retrieved one and three generated ones, corrected.
+    scores: (C, I) of the split. examples: as for example_metrics, and "captions" (N,)."""
     content, tokens = data.splits[split], data.tokenizer.tokens
-    suspicious = Word("most suspicious word", INK, "what word correction puts there")
-    rows = [(None, [("legend", [Word("replaced word   ", ORANGE), suspicious])])]
+    legend = [("replaced word", ORANGE), ("    most suspicious word", INK), ("correction", GREEN)]
+    rows = [(None, [("legend", legend)])]
     for n in torch.linspace(0, len(examples["images"]) - 1, count).long().unique():
         image = examples["images"][n]
         line = scores[:, image].sigmoid()
@@ -459,47 +423,32 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
             words = []
             for t in (suspicion > -math.inf).nonzero()[:, 0]:
                 colour = INK if sentence[t] == examples["originals"][n, t] else ORANGE
-                below = tokens[corrections[t]] if t == suspicion.argmax() else ""
-                words.append(Word(tokens[sentence[t]], colour, below))
+                words.append((tokens[sentence[t]], colour))
+                if t == suspicion.argmax():
+                    words.append((tokens[corrections[t]], GREEN))
             lines.append((f"generated  {logit.sigmoid():.2f}", words))
-        rows.append((picture_of(content, image), lines))
-    draw_rows(path, rows)
-
-
-def picture_of(content, image):
-    """The drawn scene of an image of a split; None of a photograph."""
-    return datasets.draw(content.scenes[image]) if content.scenes else None
+        rows.append((image, lines))
+    draw_rows(path, content.scenes, rows)
 
 
 def draw_curves(path, rows):
-    """The PANELS over the steps of a log, each from its least value to its largest.
-    rows: the lines of the log, {"step", column: number}; not every column is in each."""
-    sheet = Image.new("RGB", (WIDTH, 271 * len(PANELS)), "white")
+    """Every number of a log over its steps, each from its least value to its largest.
+    rows: the lines of the log, {"phase", "step", column: number}; not every column is in each."""
+    curves = {}  # {column: [(step, value)]}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("phase", "step") and math.isfinite(value):
+                curves.setdefault(name, []).append((row["step"], value))
+    sheet = Image.new("RGB", (WIDTH, 60 * len(curves) + 16), "white")
     pen = ImageDraw.Draw(sheet)
-    steps = [row["step"] for row in rows]
-    across = np.interp(steps, (0, steps[-1]), (70, WIDTH - 170))
-    top = 0
-    for title, columns in PANELS.items():
-        values = np.array([[row.get(name, math.nan) for name in columns] for row in rows], float)
-        finite = np.isfinite(values)  # (rows, columns)
-        if not finite.any():
-            continue
-        if title.startswith("log10"):
-            values = np.log10(values.clip(1e-4))
-        limits = (values[finite].min(), values[finite].max())
-        span = (top + 236, top + 34)
-        heights = np.interp(values, limits, span)
-        pen.text((70, top + 8), f"{title}, {steps[-1]} steps", INK, font_size=16)
-        for limit, y in zip(limits, span):
-            pen.line((70, y, WIDTH - 170, y), RULE)
-            pen.text((62, y), f"{limit:.4g}", GREY, anchor="rm", font_size=13)
-        for n, column in enumerate(columns):
-            drawn = finite[:, n]
-            colour = LINES[n % len(LINES)]
-            pen.line([*zip(across[drawn], heights[drawn, n])], colour, 2)
-            pen.text((WIDTH - 156, top + 34 + 18 * n), column, colour, font_size=15)
-        top += 271
-    sheet.crop((0, 0, WIDTH, max(top, 1))).save(path)
+    for top, (name, points) in zip(range(8, sheet.height, 60), curves.items()):
+        steps, values = np.array(points).T
+        across = np.interp(steps, (0, rows[-1]["step"]), (350, WIDTH - 16))
+        low, high = values.min(), values.max()
+        pen.text((16, top + 20), f"{name}: {low:.4g} to {high:.4g}", INK, font_size=15)
+        heights = np.interp(values, (low, high), (top + 50, top + 6))
+        pen.line([*zip(across, heights)], BLUE, 2)
+    sheet.save(path)
 
 
 # ---- all together ------------------------------------------------------------------------------
@@ -511,10 +460,10 @@ def report(model, data, split, scores, examples, seed=0, root=None, **options):
     owner = data.splits[split].image_of_caption
     metrics = retrieval_metrics(scores, owner)
     if data.name == "coco" and scores.size(1) == 5000:
-        folds = fold_metrics(scores, owner)
-        metrics |= {f"1k_{name}": value for name, value in folds.items()}
+        metrics |= {f"1k_{name}": value for name, value in fold_metrics(scores, owner).items()}
     if root:
-        metrics |= eccv_metrics(scores, data, split, root)
+        with datasets.one_line_errors(root, "its files of ECCV Caption must be whole"):
+            metrics |= eccv_metrics(scores, data, split, root)
     metrics |= example_metrics(model, data, split, examples, **options)
     if data.splits[split].scenes:
         metrics |= altered_metrics(model, data, split, scores, seed, **options)
@@ -526,8 +475,7 @@ def table(metrics, warmup):
     lines = [f"{'':32}{'warm-up' if warmup else '':>10}{'final':>10}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        title = "RSum" if name == "rsum" else name
-        lines.append(f"{title:32}{before:>10}{value:10.2f}")
+        lines.append(f"{name:32}{before:>10}{value:10.2f}")
     return lines
 
 
@@ -535,28 +483,24 @@ def search(model, data, split, query, image, path, **options):
     """The images that a sentence describes best, or else the captions of an image: draws them and
     returns [(score, image name or caption)], best first."""
     content = data.splits[split]
-    asked = None
     if query:
+        asked = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
+        asked = dataclasses.replace(data, splits={split: asked})
+        scores = score_matrix(model, asked, split, **options)[0]
         names = content.images
-        texts = [known_words(data.tokenizer, query)] * len(names)
-        images = torch.arange(len(names))
+        rows = [(None, [("query", query)])]
     elif image in content.images:
         number = content.images.index(image)
-        asked = picture_of(content, number)
-        texts = content.captions
-        images = torch.full((len(texts),), number)
-        owners = zip(texts, content.image_of_caption)
-        names = [text + ("  (its own)" if owner == number else "") for text, owner in owners]
+        scores = score_matrix(model, data, split, images=[number], **options)[:, 0]
+        names = content.captions
+        rows = [(number, [("query", image)])]
     else:
-        some = ", ".join(content.images[:3])
-        raise InputError(f"--image {image}: no such image in the {split} split; it has {some}, ...")
-    scores = score_sentences(model, data, split, texts, images, **options).sigmoid()
+        raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
+    scores = scores.sigmoid()
     best = scores.topk(min(6, len(scores))).indices.tolist()
-    rows = [(asked, [("query", query or image)])]
     for i in best:
-        picture = picture_of(content, i) if query else None
-        rows.append((picture, [(f"{scores[i]:.2f}", names[i])]))
-    draw_rows(path, rows)
+        rows.append((i if query else None, [(f"{scores[i]:.2f}", names[i])]))
+    draw_rows(path, content.scenes, rows)
     return [(scores[i].item(), names[i]) for i in best]
 
 

@@ -52,23 +52,23 @@ def mask_phrases(
     first, end = vocabulary_range
     if not first < end:
         raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability {probability} is not in 0..1")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
     B, T = input_ids.shape
     device = input_ids.device
-    # Phrases of ordinary words alone; a caption without any gets one for each word.
-    words = torch.eye(T, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
     if phrases is None:
-        phrases = words
-    elif phrases.dim() == 3 and phrases.size(0) == B and phrases.size(2) == T:
-        phrases = phrases & ordinary[:, None]  # (B, P, T)
-        without = ~phrases.flatten(1).any(1)  # (B,)
-        phrases = torch.cat((phrases, words & without[:, None, None]), 1)
-    else:
+        phrases = ordinary.new_zeros(B, 0, T)
+    if phrases.shape[::2] != (B, T):
         raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
+    # Phrases of ordinary words alone; a caption without any gets one for each word.
+    phrases = phrases & ordinary[:, None]  # (B, P, T)
+    without = ~phrases.flatten(1).any(1)  # (B,)
+    words = torch.eye(T, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
+    phrases = torch.cat((phrases, words & without[:, None, None]), 1)
     P = phrases.size(1)
 
-    # A token that lies in f phrases brings each of them probability / f; a phrase's chance is
-    # the mean over its tokens.
+    # A token of f phrases brings each probability / f; a phrase's chance is its tokens' mean.
     member = phrases.float()
     share = probability / member.sum(1, keepdim=True).clamp(min=1)  # (B, 1, T)
     chance = (member * share).sum(2) / member.sum(2).clamp(min=1)  # (B, P)
@@ -83,9 +83,8 @@ def mask_phrases(
     # What is shown in place of the masked words.
     original = input_ids[:, None].expand(B, maskings, T)
     coin = torch.rand(B, maskings, T, device=device, generator=generator)
-    words = torch.randint(first, end, (B, maskings, T), device=device, generator=generator)
-    words = words.to(input_ids.dtype)
-    shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, words, original))
+    words = torch.randint(first, end, coin.shape, device=device, generator=generator)
+    shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, words.to(original), original))
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
 
@@ -106,15 +105,15 @@ def refill_masks(
     truth_threshold: a word that the own image makes more probable than this is likely true of it,
         and not drawn unless it is the original; 1 = off, as in the paper.
     writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
-        in the paper. Looking at another (`other_images`) it writes fluent sentences that are false
-        of its own (README), which a truth_threshold then asks too: one more pass over the masks.
+        in the paper. Of another one (`other_images`) it writes fluently what is false of its own
+        (README); a truth_threshold then costs one more pass over the masks.
     chunk_size: sentences in one call of `fill`.
     Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ..."""
-    first, end = vocabulary_range
-    if not first < end:
-        raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} is below 1")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature} is not a finite number above 0")
+    first, _ = vocabulary_range
     B, M, T = masked.shape
     device = masked.device
     own_images = torch.arange(B, device=device).repeat_interleave(M)  # (B * M,)
@@ -187,8 +186,7 @@ def drop_non_negatives(candidates, captions, pad_id=0):
     N, T = candidates.shape[1:]
     factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
     keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
-    # Equal sentences have equal keys, others all but never: each is a repeat if it is not the
-    # earliest of its row that has its key.
+    # Equal sentences have equal keys, others all but never; repeats come after the earliest one.
     in_order, order = keys.sort(dim=1, stable=True)
     earliest = order.gather(1, torch.searchsorted(in_order, keys))  # (B, N)
     new = earliest == torch.arange(N, device=candidates.device)
@@ -196,9 +194,8 @@ def drop_non_negatives(candidates, captions, pad_id=0):
 
 
 def score_candidates(match, candidates, usable, chunk_size):
-    """Matching logits (B, N) of the candidates (B, N, T), each with its own image.
-    On a CPU the usable ones alone are scored, which often spares half of the work, and 0 stands
-    for the others. A GPU would have to be waited for to learn which they are: there all are."""
+    """Matching logits (B, N) of the candidates (B, N, T), each with its own image. On a CPU 0
+    for what is not usable, often half of them; a GPU would be waited for to learn which it is."""
     B, N, T = candidates.shape
     flat = candidates.flatten(0, 1)  # (B * N, T)
     wanted = torch.arange(B * N, device=flat.device)
@@ -217,11 +214,9 @@ def score_candidates(match, candidates, usable, chunk_size):
 
 
 def select_hardest(scores, valid, h):
-    """The h highest-scoring usable candidates of each row; ValueError if h > N.
+    """The h <= N highest-scoring usable candidates of each row.
     scores: (B, N) float, those not finite are not usable. valid: (B, N) bool, the usable ones.
     Returns index (B, h) long, hardest first, and kept (B, h) bool, False where a row ran out."""
-    if h > scores.size(1):
-        raise ValueError(f"cannot keep {h} of {scores.size(1)} candidates")
     usable = valid & scores.isfinite()
     index = scores.float().masked_fill(~usable, -math.inf).topk(h, dim=1).indices
     return index, usable.gather(1, index)
@@ -239,38 +234,27 @@ def tailor_negatives(
     vocabulary_range,
     pad_id=0,
     maskings=20,
+    probability=0.15,
+    masks=None,
     refills=20,
     hard=31,
-    temperature=1.5,
-    probability=0.15,
-    truth_threshold=1.0,
-    writer_images=None,
-    masks=None,
     chunk_size=512,
     generator=None,
+    **refilling,
 ):
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select.
     fill, match, input_ids, phrases: see the top of the file and `mask_phrases`.
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
-    masks: (masked, labels) of `mask_phrases`, so that the masked-LM loss can share them; None =
-        drawn here. The other arguments: as above. hard is at most maskings * refills.
+    masks: (masked, labels) of `mask_phrases`, to be shared with masked LM; None = drawn here.
+    hard: H, at most maskings * refills. refilling: the other options of `refill_masks`.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
     equal none of `captions`; the others are all padding with labels of -1."""
     if masks is None:
         masks = mask_phrases(
             input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator
         )
-    candidates = refill_masks(
-        fill,
-        *masks,
-        vocabulary_range,
-        refills=refills,
-        temperature=temperature,
-        truth_threshold=truth_threshold,
-        writer_images=writer_images,
-        chunk_size=chunk_size,
-        generator=generator,
-    )  # (B, N, T)
+    refilling |= {"refills": refills, "chunk_size": chunk_size, "generator": generator}
+    candidates = refill_masks(fill, *masks, vocabulary_range, **refilling)  # (B, N, T)
     usable = drop_non_negatives(candidates, captions, pad_id)  # (B, N)
     scores = score_candidates(match, candidates, usable, chunk_size)  # (B, N)
     index, valid = select_hardest(scores, usable, hard)  # (B, H) each
@@ -285,6 +269,7 @@ def tailor_negatives(
 # Tags: X in no phrase (articles, pronouns, auxiliaries, adverbs), P preposition, A frequent
 # adjective or number, V frequent verb form. Other words go by their ending; the rest are nouns.
 WORDS_OF_TAG = {
+    ".": ".",
     "X": """a all an another both each either few half her his its many more most much no other
     others own same several some the their these this those my our your and as but how if or so
     that though what when where while he here herself him himself i it itself me she someone
@@ -322,11 +307,9 @@ PHRASE = re.compile(r"(?P<object>N+)|(?P<attribute>A)|(?P<relation>V(?:Pp*)*|[PT
 def parse_phrases(words):
     """Words -> [(type, [word positions])], in order, disjoint.
     Objects are nouns with the nouns before them; attributes adjectives, numbers and participles,
-    each alone; relations verbs with their prepositions, and prepositions between objects. Other
-    words are never masked.
+    each alone; relations verbs with their prepositions, and prepositions between objects.
     >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
-    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]
-    """
+    [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
     joined = join_hyphens(words)
     words = [word for word, _ in joined]
     tags = tag_words(words)
@@ -337,8 +320,6 @@ def parse_phrases(words):
             tags[n:end] = "P" + "p" * (end - n - 1)
         elif words[n] == "to" and tags[n : n + 2] == ["P", "V"]:
             tags[n] = "T"
-        elif words[n] == ".":
-            tags[n] = "."
     phrases = []
     for match in PHRASE.finditer("".join(tags)):
         if match[0][0] not in "PT" or "N" in tags[: match.start()]:
@@ -361,16 +342,15 @@ def join_hyphens(words):
 
 
 def tag_words(words):
-    """The tags of words in their context; behind the last one follows X."""
-    tags = [tag_word(word) for word in words] + ["X"]
+    """The tags of words in their context; X stands behind the last one and before the first."""
+    words = [*words, ""]
+    tags = [tag_word(word) for word in words]
     for n, word in enumerate(words):
-        before = tags[n - 1] if n > 0 else "P"
-        previous = words[n - 1] if n > 0 else ""
+        previous, before = words[n - 1], tags[n - 1]
         if tags[n] == "V":
             tags[n] = tag_verb(word, previous, before, tags[n + 1])
-        elif tags[n] == "A" and tags[n + 1] in "PX":
-            if previous in ARTICLES or (n > 0 and before == "P"):
-                tags[n] = "N"  # the young
+        elif tags[n] == "A" and tags[n + 1] in "PX." and (previous in ARTICLES or before == "P"):
+            tags[n] = "N"  # the young
     return tags
 
 
@@ -393,7 +373,7 @@ def tag_verb(word, previous, before, after):
     """What seems a verb may be an adjective (a running dog) or a noun (a painting)."""
     if previous in ARTICLES or before == "A":
         return "A" if PARTICIPLE.search(word) and after == "N" else "N"
-    if before in "PX" and word.endswith("ed") and after == "N":
+    if before in "PX." and word.endswith("ed") and after == "N":
         return "A"  # with crossed arms
     if before == "N" and not PARTICIPLE.search(word) and word[-1] not in "sn":
         return "V" if previous[-1] in "sn" else "N"  # a bus stop, but: dogs run

@@ -6,8 +6,7 @@ Letters: P pairs of a pool, the first B of them the anchors, H negatives of an a
 of its caption, T text positions, V words of the vocabulary, q masked words of the whole batch.
 Every mask: True = real / usable, None = all are. Every label: -1 = no target here. s(I, T) is the
 sigmoid of a matching logit; [x]+ is max(x, 0). `count` is what the sum of a term is divided by,
-None = the number of its usable entries. A term without any is 0 and passes a zero gradient.
-"""
+None = the number of its usable entries. A term without any is 0 and passes a zero gradient."""
 
 import math
 
@@ -20,20 +19,17 @@ FLOOR = math.log(1e-10)  # as in the official code p is at least 1e-10, and has 
 
 def masked_mean(values, valid=None, count=None):
     """(sum of the valid values) / count: values (...) float, valid (...) bool -> scalar.
-    What is not valid may be NaN. count None: how many are valid, at least 1."""
-    if valid is None:
-        valid = torch.ones_like(values, dtype=torch.bool)
+    What is not valid may be NaN."""
+    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     if values.shape != valid.shape:
         raise ValueError(f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}")
-    if count is None:
-        count = valid.sum().clamp(min=1)
+    count = valid.sum().clamp(min=1) if count is None else count
     return torch.where(valid, values, 0.0).sum() / count
 
 
 def triplet_loss(positive, negatives, margin=0.2, valid=None, count=None):
     """L_hard, L_tags (3.2, 3.3): mean of [margin + s(negative) - s(positive)]+ over all negatives.
-    positive: (B,) float, matching scores of the true pairs, in 0..1.
-    negatives: (B, H) float, the scores that must lie `margin` below. valid: (B, H) bool."""
+    positive: (B,) float, scores in 0..1. negatives: (B, H) float. valid: (B, H) bool."""
     if positive.dim() != 1 or negatives.dim() != 2 or len(negatives) != len(positive):
         shapes = f"{tuple(positive.shape)} and {tuple(negatives.shape)}"
         raise ValueError(f"positive must be (B,) and negatives (B, H), got {shapes}")
@@ -73,13 +69,9 @@ def word_correction_loss(logits, labels, count=None):
     return masked_mean(-log_p.clamp(min=FLOOR), labels >= 0, count)
 
 
-# ---- all terms of a batch ----------------------------------------------------------------------
-
-
 def joint_count(valid):
-    """How many entries are valid, a mean over the processes; None if there is only one.
-    A term divided by it has, averaged over the processes, the gradient of their joint batch. Every
-    process must call it: of all functions here it alone talks to the others."""
+    """How many entries are valid, a mean over the processes, which must all call it; None if there
+    is only one. Terms divided by it have, averaged, the gradient of the joint batch."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     total = valid.sum().float()
@@ -101,9 +93,8 @@ class Objective(torch.nn.Module):
         """The terms of L (3.5): {term: scalar} and {diagnostic: scalar}.
         batch: input_ids (P, T), features, boxes and region_mask of P images; masked (B, M, T),
             places (q,) flat positions in it, targets (q,) the words there. For "itm" also
-            wrong_images and wrong_texts (B,), indices into the pool, and wrong_valid (B,) bool,
-            False where they are true after all (a batch of one, an equal caption).
-        weights: {term: weight}; a term that is not in it costs nothing.
+            wrong_images and wrong_texts (B,), indices into the pool, and wrong_valid (B,) bool.
+        weights: {term: weight} of those to compute.
         retrieved: for "hard", images and captions, (index (B, H), valid (B, H) bool) each.
         negatives: `generate.Negatives` of the anchors or None; it goes with "hard"."""
         texts = self.prepare(batch["input_ids"])

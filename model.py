@@ -39,16 +39,13 @@ class Config:
 
     @classmethod
     def preset(cls, name, **changes):
-        """The sizes called `name` with `changes` laid over them; ValueError if there are none."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown size {name!r}: choose from {', '.join(PRESETS)}")
+        """The sizes called `name` with `changes` laid over them."""
         return cls(**(PRESETS[name] | changes))
 
     @classmethod
     def from_uniter(cls, state_dict, heads=None, dropout=0.1, vocab_size=None):
-        """Reads the sizes off official weights; ValueError in one line if these are none.
-        heads: 64 wide unless given, since the weights do not tell. vocab_size: words of the
-        vocabulary file, if the rows of the weights may be padded; None = all rows are words."""
+        """Reads the sizes off official weights; ValueError if these are none. heads: 64 wide
+        unless given. vocab_size: words of the vocabulary file, if the weights may be padded."""
         weights = official_weights(state_dict)
         try:
             rows, hidden = weights[WORDS].shape
@@ -78,10 +75,7 @@ class TextEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids, token_type):  # (A, T), (D,) -> (A, T, D)
-        length = input_ids.size(1)
-        if length > len(self.position.weight):
-            raise ValueError(f"{length} text positions, the model has {len(self.position.weight)}")
-        x = self.word(input_ids) + self.position.weight[:length] + token_type
+        x = self.word(input_ids) + self.position.weight[: input_ids.size(1)] + token_type
         return self.dropout(self.norm(x))
 
 
@@ -156,14 +150,6 @@ class Prepared:
     padded: bool  # False: the mask is True everywhere
 
 
-def join(texts, text_index, images, image_index):
-    """N pairs: states (N, S, D), mask (N, S) or None, q, k, v of the first layer (N, S, D)."""
-    x = torch.cat((texts.states[text_index], images.states[image_index]), 1)
-    qkv = torch.cat((texts.qkv[text_index], images.qkv[image_index]), 1)
-    mask = torch.cat((texts.mask[text_index], images.mask[image_index]), 1)
-    return x, mask if texts.padded or images.padded else None, qkv.chunk(3, -1)
-
-
 class TagsDC(nn.Module):
     """UNITER (section 3.1) and heads for matching, masked LM, discrimination, correction (3.4)."""
 
@@ -200,16 +186,20 @@ class TagsDC(nn.Module):
 
     def prepare_regions(self, features, boxes, region_mask=None):
         """The same for images: (I, R, F) and (I, R, 7) -> Prepared."""
-        states = self.region(features, boxes, self.token_type.weight[1])
-        return prepared(self, states, region_mask)
+        return prepared(self, self.region(features, boxes, self.token_type.weight[1]), region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index):
-        """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D)."""
-        return self.encode(*join(texts, text_index, images, image_index))
+    def encode_pairs(self, texts, text_index, images, image_index, last=None):
+        """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D).
+        last: what stands for the last layer, None = itself; its result is returned."""
+        x = torch.cat((texts.states[text_index], images.states[image_index]), 1)
+        qkv = torch.cat((texts.qkv[text_index], images.qkv[image_index]), 1)
+        mask = None
+        if texts.padded or images.padded:
+            mask = torch.cat((texts.mask[text_index], images.mask[image_index]), 1)
+        return self.encode(x, mask, qkv.chunk(3, -1), last)
 
     def encode(self, x, mask, qkv=None, last=None):
-        """All layers, (N, S, D) -> (N, S, D). qkv: query, key and value of the first, if known.
-        last: what stands for the last layer, None = itself; its result is returned."""
+        """All layers, (N, S, D) -> (N, S, D). qkv: of the first layer, if known. last: as above."""
         for layer in [*self.layers[:-1], last or self.layers[-1]]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, qkv, use_reentrant=False)
@@ -224,10 +214,10 @@ class TagsDC(nn.Module):
 
     def encode_places(self, texts, text_index, images, image_index, places):
         """encode_pairs(...)[:, :T].flatten(0, 1)[places] for less work: (q,) long -> (q, D)."""
-        x, mask, qkv = join(texts, text_index, images, image_index)
-        T = texts.states.size(1)
-        places = places // T * x.size(1) + places % T  # the same among (N, S) positions
-        return self.encode(x, mask, qkv, partial(places_alone, self.layers[-1], places))
+        T, R = texts.states.size(1), images.states.size(1)
+        places = places // T * (T + R) + places % T  # the same among (N, S) positions
+        last = partial(places_alone, self.layers[-1], places)
+        return self.encode_pairs(texts, text_index, images, image_index, last)
 
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off [CLS]; s(I, T) is their sigmoid."""
@@ -246,8 +236,7 @@ class TagsDC(nn.Module):
 
     def load_uniter(self, state_dict):
         """Takes official UNITER or TAGS weights, in place; missing heads start as COPIES says.
-        Returns {"loaded": [official names], "initialised": ["name from name", "name at random"],
-        "ignored": [official names, and name[V:] for rows that pad the vocabulary]}.
+        Returns official names: {"loaded": [..], "ignored": [..], "initialised": ["x from y", ..]}.
         Raises ValueError, changing nothing, if a part of the encoder is missing or does not fit."""
         given = official_weights(state_dict)
         fitted = {}  # {our name: tensor}
@@ -265,14 +254,8 @@ class TagsDC(nn.Module):
             else:
                 initialised.append(f"{name} at random")
         self.load_state_dict(fitted, strict=False)
-        loaded = given.keys() & {official_name(ours) for ours in fitted}
-        words = given[WORDS].float()
-        for name in given.keys() & TIED:  # a decoder of other numbers is ignored
-            if torch.is_tensor(given[name]) and torch.equal(given[name].float(), words):
-                loaded.add(name)
-        V = self.config.vocab_size
-        padding = {f"{name}[{V}:]" for name in VOCABULARY if len(given.get(name, ())) > V}
-        ignored = sorted(given.keys() - loaded | padding)
+        loaded = given.keys() & {*TIED, *map(official_name, fitted)}
+        ignored = sorted(given.keys() - loaded)
         return {"loaded": sorted(loaded), "initialised": initialised, "ignored": ignored}
 
     def export_uniter(self):
@@ -282,8 +265,7 @@ class TagsDC(nn.Module):
 
 
 def initialise(module):
-    """Linear maps keep the variance of their input: BERT's 0.02 suits layers 768 wide, at 128 it
-    starves the attention, and training from scratch looks at words alone for thousands of steps."""
+    """Linear maps keep the variance of their input: BERT's 0.02 is too little below 768 wide."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
@@ -296,35 +278,25 @@ def initialise(module):
 WORDS = "uniter.embeddings.word_embeddings.weight"
 TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
 VOCABULARY = (WORDS, "cls.predictions.bias", "correction_output.predictions.bias")
-NAMES = [  # (official, ours); # is the number of a layer
-    ("uniter.embeddings.word_embeddings", "text.word"),
-    ("uniter.embeddings.position_embeddings", "text.position"),
-    ("uniter.embeddings.LayerNorm", "text.norm"),
-    ("uniter.embeddings.token_type_embeddings", "token_type"),
-    ("uniter.img_embeddings.img_linear", "region.feature"),
-    ("uniter.img_embeddings.img_layer_norm", "region.feature_norm"),
-    ("uniter.img_embeddings.pos_linear", "region.box"),
-    ("uniter.img_embeddings.pos_layer_norm", "region.box_norm"),
-    ("uniter.img_embeddings.LayerNorm", "region.norm"),
-    ("uniter.encoder.layer.#.attention.self.query", "layers.#.attention.query"),
-    ("uniter.encoder.layer.#.attention.self.key", "layers.#.attention.key"),
-    ("uniter.encoder.layer.#.attention.self.value", "layers.#.attention.value"),
-    ("uniter.encoder.layer.#.attention.output.dense", "layers.#.out"),
-    ("uniter.encoder.layer.#.attention.output.LayerNorm", "layers.#.attention_norm"),
-    ("uniter.encoder.layer.#.intermediate.dense", "layers.#.up"),
-    ("uniter.encoder.layer.#.output.dense", "layers.#.down"),
-    ("uniter.encoder.layer.#.output.LayerNorm", "layers.#.norm"),
-    ("uniter.pooler.dense", "pooler"),
-    ("rank_output", "matching"),
-    ("disc_output", "discrimination"),
-    ("cls.predictions", "mlm"),
-    ("cls.predictions.transform.dense", "mlm.transform"),
-    ("cls.predictions.transform.LayerNorm", "mlm.norm"),
-    ("correction_output.predictions", "correction"),
-    ("correction_output.predictions.transform.dense", "correction.transform"),
-    ("correction_output.predictions.transform.LayerNorm", "correction.norm"),
-]
-OFFICIAL = {ours: official for official, ours in NAMES}
+NAMES = {  # a prefix of official names: "ours=the rest of theirs"; # is the number of a layer
+    "uniter.embeddings.": """text.word=word_embeddings text.position=position_embeddings
+        text.norm=LayerNorm token_type=token_type_embeddings""",
+    "uniter.img_embeddings.": """region.feature=img_linear region.feature_norm=img_layer_norm
+        region.box=pos_linear region.box_norm=pos_layer_norm region.norm=LayerNorm""",
+    "uniter.encoder.layer.#.": """layers.#.attention.query=attention.self.query
+        layers.#.attention.key=attention.self.key layers.#.attention.value=attention.self.value
+        layers.#.out=attention.output.dense layers.#.attention_norm=attention.output.LayerNorm
+        layers.#.up=intermediate.dense layers.#.down=output.dense layers.#.norm=output.LayerNorm""",
+    "": "pooler=uniter.pooler.dense matching=rank_output discrimination=disc_output",
+    "cls.predictions": "mlm= mlm.transform=.transform.dense mlm.norm=.transform.LayerNorm",
+    "correction_output.predictions": """correction= correction.transform=.transform.dense
+        correction.norm=.transform.LayerNorm""",
+}
+OFFICIAL = {}
+for prefix, pairs in NAMES.items():
+    for pair in pairs.split():
+        ours, rest = pair.split("=")
+        OFFICIAL[ours] = prefix + rest
 # What a head that plain UNITER lacks starts as; matching as the row "match" of two.
 COPIES = {"rank_output": "itm_output", "disc_output": "itm_output", "correction_output": "cls"}
 
@@ -404,8 +376,7 @@ def attend(q, k, v, mask, dropout):
 
 
 def prepared(model, states, mask):
-    """Embeddings (A, L, D) with query, key and value of the first layer: once, since they do not
-    depend on the partner. Gain: 1.06 in float32."""
+    """Embeddings (A, L, D) with query, key and value of the first layer, once. Gain: 1.06."""
     qkv = torch.cat([part(states) for part in model.layers[0].attention.values()], -1)
     every = torch.ones_like(states[..., 0], dtype=torch.bool)
     return Prepared(states, qkv, every if mask is None else mask, mask is not None)
@@ -419,9 +390,8 @@ def places_alone(layer, places, x, mask, qkv=None):
 
 def cls_alone(layer, x, mask, qkv=None):
     """The last layer at position 0 alone: (N, S, D) -> (N, 1, D). Gain: 1.47 in float32.
-    Without keys and values of every row: with one query, q (x Wk)' is cheaper as (q Wk) x', and
-    a (x Wv) as (a x) Wv, so the h queries meet x itself. The bias of keys changes no attention a.
-    Gain: 1.05, training 1.16 / 1.05."""
+    With one query, q (x Wk)' is cheaper as (q Wk) x', and a (x Wv) as (a x) Wv: the h queries meet
+    x itself (the bias of keys changes no attention a). Gain: 1.05, training 1.16 / 1.05."""
     query, key, value = layer.attention.values()
     split = (layer.heads, -1)
     dropout = layer.attention_dropout if layer.training else 0.0

@@ -40,7 +40,7 @@ SCALES = {  # training images beside the full number, and which arms
     300: ("retrieved", "TAGS-DC"),
     5000: ("retrieved", "TAGS-DC"),
 }
-MEASURES = """rsum tr_r1 ir_r1 one_word_wrong altered_tr_r1 oversensitivity wod_auc
+MEASURES = """rsum tr_r1 ir_r1 one_word_wrong oversensitivity wod_auc
     wod_most_suspicious woc_accuracy sentences_repaired fair_negatives true_negatives
     ungrammatical_negatives blind_accuracy retrieved_early retrieved_late synthetic_early
     synthetic_late seconds""".split()
