@@ -291,7 +291,8 @@ def altered_captions(data, split, seed=0):
 def altered_metrics(model, data, split, scores, seed=0, **options):
     """Of altered_captions. scores: (C, I) of the split.
     one_word_wrong, and by kind one_word_wrong_colour, ...: captions that score above their altered
-    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not."""
+    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not.
+    altered_tr_r1: text R@1 with all altered captions of an image in its gallery (RoCOCO)."""
     content = data.splits[split]
     captions, texts, kinds = altered_captions(data, split, seed)
     images = content.image_of_caption[captions]
@@ -305,6 +306,11 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     told = [told[n] for n in kept]
     right = score_sentences(model, data, split, told, images[kept], **options)
     metrics["oversensitivity"] = share(~(right > wrong[kept]))
+    rivals = torch.full((len(texts), scores.size(1)), -math.inf)  # (N, I)
+    rivals[torch.arange(len(texts)), images] = wrong
+    owner = torch.cat((content.image_of_caption, torch.full_like(captions, -1)))
+    found = retrieval_metrics(torch.cat((scores, rivals)), owner)
+    metrics["altered_tr_r1"] = found["tr_r1"]
     return metrics
 
 
@@ -415,9 +421,11 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
         line = scores[:, image].sigmoid()
         hardest = line.masked_fill(content.image_of_caption == image, -1).argmax()
         lines = []
-        for label, c in (("caption", examples["captions"][n]), ("retrieved", hardest)):
+        own = examples["captions"][n]
+        for label, c in (("caption", own), ("retrieved", hardest)):
             lines.append((f"{label}  {line[c]:.2f}", content.captions[c]))
-        for sentence in examples["sentences"][n][examples["valid"][n]][:3]:
+        written = examples["sentences"][n][examples["valid"][n]]
+        for sentence in written[:3]:
             judged = judge_words(model, data, split, sentence[None], image[None], **options)
             logit, suspicion, corrections = (part[0] for part in judged)
             words = []
@@ -444,7 +452,8 @@ def draw_curves(path, rows):
     for top, (name, points) in zip(range(8, sheet.height, 60), curves.items()):
         steps, values = np.array(points).T
         across = np.interp(steps, (0, rows[-1]["step"]), (350, WIDTH - 16))
-        low, high = values.min(), values.max()
+        low = values.min()
+        high = values.max()
         pen.text((16, top + 20), f"{name}: {low:.4g} to {high:.4g}", INK, font_size=15)
         heights = np.interp(values, (low, high), (top + 50, top + 6))
         pen.line([*zip(across, heights)], BLUE, 2)

@@ -246,7 +246,7 @@ def tailor_negatives(
     fill, match, input_ids, phrases: see the top of the file and `mask_phrases`.
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
     masks: (masked, labels) of `mask_phrases`, to be shared with masked LM; None = drawn here.
-    hard: H, at most maskings * refills. refilling: the other options of `refill_masks`.
+    hard: H, at most maskings * refills. refilling: temperature, truth_threshold, writer_images.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
     equal none of `captions`; the others are all padding with labels of -1."""
     if masks is None:

@@ -408,7 +408,7 @@ def test_altered_metrics_are_counted_pair_by_pair(model, world, scores, altered,
     for kind, values in won.items():
         expected = 100 * np.mean(values)
         assert metrics[f"one_word_wrong_{kind}"] == pytest.approx(expected, abs=101 / len(values))
-    assert len(metrics) == len(won) + 2
+    assert len(metrics) == len(won) + 3
 
 
 def test_equal_scores_are_failures(model, world, monkeypatch):
@@ -424,7 +424,38 @@ def test_nothing_to_alter(world, model, scores):
     split = dataclasses.replace(world.splits["test"], captions=["??"] * 50)
     data = dataclasses.replace(world, splits={"test": split})
     metrics = evaluate.altered_metrics(model, data, "test", scores)
-    assert metrics == {"one_word_wrong": 0, "oversensitivity": 0}
+    plain = evaluate.retrieval_metrics(scores, split.image_of_caption)["tr_r1"]
+    assert metrics == {"one_word_wrong": 0, "oversensitivity": 0, "altered_tr_r1": plain}
+
+
+def test_altered_captions_are_only_in_the_way(world, model, scores, altered, monkeypatch):
+    content = world.splits["test"]
+    owner = content.image_of_caption
+    plain = evaluate.retrieval_metrics(scores, owner)["tr_r1"]
+    # By hand: an image's best caption is above the altered ones of its own, and those of others.
+    generator = torch.Generator().manual_seed(0)
+    captions, texts, _ = altered
+    rivals = scores[captions, owner[captions]] - torch.rand(len(texts), generator=generator) + 0.2
+
+    def score_sentences(model, data, split, asked, images, **options):
+        return rivals if [*asked] == [*texts] else torch.zeros(len(asked))
+
+    monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
+    right = scores.clone()
+    for i in range(10):
+        right[:, i] += 3 * (owner == i)  # most are found without altered captions
+    found = 0
+    for i in range(10):
+        best = right[owner == i, i].max()
+        others = [*right[owner != i, i], *(3 + rivals)[owner[captions] == i]]
+        found += all(other < best for other in others)
+    rivals += 3
+    metrics = evaluate.altered_metrics(model, world, "test", right)
+    assert metrics["altered_tr_r1"] == pytest.approx(100 * found / 10)
+    assert 0 < found < 10 * evaluate.retrieval_metrics(right, owner)["tr_r1"] / 100
+    rivals -= 100
+    metrics = evaluate.altered_metrics(model, world, "test", scores)
+    assert metrics["altered_tr_r1"] == pytest.approx(plain)
 
 
 # ---- probes
@@ -632,7 +663,7 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     metrics = evaluate.report(*arguments, seed=0, root=tmp_path, score_batch=64)
     wanted = "tr_r1 rsum synthetic_score fair_negatives true_negatives ungrammatical_negatives"
     wanted += " wod_auc wod_most_suspicious woc_accuracy sentences_repaired one_word_wrong"
-    wanted += " one_word_wrong_colour oversensitivity"
+    wanted += " one_word_wrong_colour oversensitivity altered_tr_r1"
     assert set(wanted.split()) <= metrics.keys()
     assert metrics["fair_negatives"] == 100
     assert metrics == {name: round(value, 4) for name, value in metrics.items()}
