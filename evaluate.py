@@ -414,7 +414,7 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
     """For some images the caption, the hardest retrieved one and three generated ones, corrected.
     scores: (C, I) of the split. examples: as for example_metrics, and "captions" (N,)."""
     content, tokens = data.splits[split], data.tokenizer.tokens
-    legend = [("replaced word", ORANGE), ("    most suspicious word", INK), ("correction", GREEN)]
+    legend = [("replaced word", ORANGE), ("    most suspicious word", INK), ("(correction)", GREEN)]
     rows = [(None, [("legend", legend)])]
     for n in torch.linspace(0, len(examples["images"]) - 1, count).long().unique():
         image = examples["images"][n]
@@ -433,7 +433,7 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
                 colour = INK if sentence[t] == examples["originals"][n, t] else ORANGE
                 words.append((tokens[sentence[t]], colour))
                 if t == suspicion.argmax():
-                    words.append((tokens[corrections[t]], GREEN))
+                    words.append((f"({tokens[corrections[t]]})", GREEN))
             lines.append((f"generated  {logit.sigmoid():.2f}", words))
         rows.append((image, lines))
     draw_rows(path, content.scenes, rows)
