@@ -3,12 +3,10 @@
 load_data reads a published data set, load_scenes makes the embedded world; both give a Data.
 
 Letters: B batch, T tokens, P phrases, R regions, F feature size, C captions, I images.
-Every mask: True = real. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
-"""
+Every mask: True = real. Boxes are x1 y1 x2 y2 as shares of the picture, y down."""
 
 import base64
 import contextlib
-import functools
 import gc
 import io
 import itertools
@@ -24,6 +22,7 @@ import warnings
 import zipfile
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,7 @@ def one_line_errors(where, advice, left_out=None):
 
 
 def write_atomically(path, write):
-    """write(path of a part file), which then takes the name: a killed run leaves the old file or
-    the new one, never half of one."""
+    """write(path of a part file), which then takes the name: whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
@@ -96,16 +94,14 @@ def split_words(text):
 
 
 def uncased(word):
-    """A word in lower case without accents, letter by letter as BERT does. It may fall into
-    several words, or into none if nothing visible is left of it."""
+    """A word in lower case without accents, as BERT does it -> one word, several or none."""
     letters = unicodedata.normalize("NFD", "".join(char.lower() for char in word))
     return split_words("".join(char for char in letters if unicodedata.category(char) != "Mn"))
 
 
 class WordPiece:
-    """BERT's tokenizer. vocab: path of a BERT vocab.txt (one token a line, id = line number) or a
-    list of tokens. word_range: (first, end) of the ids that are neither special nor [unused].
-    """
+    """BERT's tokenizer. vocab: path of a vocab.txt (one token a line, id = line number) or a list
+    of tokens. word_range: (first, end) of the ids that are neither special nor [unused]."""
 
     def __init__(self, vocab, lowercase):
         self.tokens = vocab if isinstance(vocab, list) else read_lines(vocab)
@@ -116,7 +112,7 @@ class WordPiece:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = special_ids
         special = [token in SPECIALS or token.startswith("[unused") for token in self.tokens]
         self.word_range = ([*special, False].index(False), len(self.tokens))
-        self.pieces = functools.cache(self.pieces)  # captions repeat their words
+        self.pieces = cache(self.pieces)  # captions repeat their words
 
     def pieces(self, word):
         """One word of split_words -> the ids of its pieces."""
@@ -159,16 +155,13 @@ def build_vocabulary(captions, min_count):
 
 
 # ---- region features on disk -------------------------------------------------------------------
-# The regions of all images lie end to end in one file that is mapped into memory: COCO's 123,287
-# images of 36 regions take 18 GB of disk, and no more memory than the batch in hand. A header in
-# JSON and its length are written last, and only then the file takes its name: so half a store is
-# never taken for a whole one, when a conversion is killed or two of them run at the same time.
+# The regions of all images lie end to end in one file that is mapped into memory, 18 GB for COCO.
+# A header in JSON and its length are written last, and only then the file takes its name.
 
 
 def write_regions(folder, images, source, left_out=None):
-    """Streams region features into a folder that `Regions` opens. images: iterator of (name,
-    features (R, F), boxes (R, 4)), all of one F. source: JSON-able, what they came from.
-    left_out: list that `images` fills with what it leaves out."""
+    """Streams images, (name, features (R, F), boxes (R, 4)) each, into a folder for `Regions`.
+    source: what they came from. left_out: list that `images` fills with what it leaves out."""
     folder = Path(folder)
 
     def write(part):
@@ -273,9 +266,8 @@ class Data:
     notes: list = field(default_factory=list)  # what was found, left out or guessed, a line each
 
     def __post_init__(self):
-        # Training asks for a caption again and again.
-        self.caption_ids = functools.cache(self.caption_ids)
-        self.caption_phrases = functools.cache(self.caption_phrases)
+        self.caption_ids = cache(self.caption_ids)  # training asks again and again
+        self.caption_phrases = cache(self.caption_phrases)
 
     def text(self, split, captions):
         """Captions by number (B,) -> input_ids (B, T) long: [CLS] words [SEP], padded."""
@@ -317,22 +309,18 @@ class Data:
         return self.regions.gather(self.splits[split].rows[np.asarray(images)])
 
     def own_captions(self, split, images):
-        """Images by number (B,) -> (B, C, T) ids of all captions of each; rows beyond those of an
-        image are padding alone."""
+        """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
         owner = self.splits[split].image_of_caption.numpy()
-        images = np.asarray(images)
-        starts = np.searchsorted(owner, images)
-        ends = np.searchsorted(owner, images, "right")
-        captions = [np.arange(start, end) for start, end in zip(starts, ends)]
+        ranges = [np.searchsorted(owner, [i, i + 1]) for i in np.asarray(images).tolist()]
+        captions = [np.arange(start, end) for start, end in ranges]
         texts = self.text(split, np.concatenate(captions)).split([len(own) for own in captions])
         return pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_id)
 
 
 # ---- published features ------------------------------------------------------------------------
-# One generator for each form. It takes files {name: path} (name: the path from the folder that was
-# searched) and sizes {image_key: (width, height)} from the captions' JSON, and yields for each
-# image (name, where, read): where is for error messages, read() gives the arguments of
-# check_regions, or raises. A new form needs such a generator and a line in FORMS.
+# A form is a line in FORMS and a generator. That takes files {path from the searched folder: path}
+# and sizes {image_key: (width, height)} from the captions' JSON, and yields for each image (name,
+# where, read): where is for error messages, read() gives the arguments of check_regions.
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the box of the whole picture
 CELLS = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
@@ -352,8 +340,8 @@ NPZ_NAMES = {  # of arrays, UNITER's and those of others
 
 def check_regions(features, boxes, size=None, conf=None, count=None):
     """What every image must pass -> features (R, F), boxes (R, 4) in 0..1, or ValueError. size:
-    (width, height) where boxes are in pixels. conf: (R,) scores, by which the 10 to 100 best
-    regions are kept (section 3.1, as UNITER). count: how many regions there should be."""
+    (width, height) where boxes are in pixels. conf: (R,) scores; as in UNITER (section 3.1) those
+    above 0.2 are kept, but 10 to 100. count: how many regions there should be."""
     if features.ndim != 2 or not features.size or count not in (None, len(features)):
         raise ValueError(f"features has shape {features.shape}, num_bb says {count}")
     if boxes.ndim == 2 and boxes.shape[1] in (6, 7):  # width, height and area follow the corners
@@ -370,7 +358,6 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
         n = right.all(1).argmin()
         raise ValueError(f"box {n} is outside its image or inside out: {boxes[n].round(3)}")
     if conf is not None:
-        # UNITER keeps what its detector is sure of: a score above 0.2, but 10 to 100 regions.
         kept = min(max(int((conf > 0.2).sum()), 10), 100)
         best = np.sort(np.argsort(-conf, kind="stable")[:kept])
         features, boxes = features[best], boxes[best]
@@ -386,12 +373,11 @@ def check_array(name, array, shape):
 
 
 def read_tsv(files, sizes):
-    """Bottom-up-attention's files, original or LXMERT's: a row an image, boxes in pixels. A
-    header, where there is one, tells the order of the columns."""
+    """Bottom-up-attention's files or LXMERT's: a row an image, boxes in pixels, maybe a header."""
     for path in files.values():
         header = None
         with open(path, "rb") as file:
-            lines = iter(functools.partial(file.readline, LARGEST), b"")
+            lines = iter(partial(file.readline, LARGEST), b"")
             for number, line in enumerate(lines, 1):
                 fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
                 if "features" in fields:
@@ -400,7 +386,7 @@ def read_tsv(files, sizes):
                     columns = header or TSV_COLUMNS.get(len(fields), ["id"])
                     name = dict(zip(columns, fields)).get("id", "?")
                     where = f"{path} row {number} (image {name[:60]})"
-                    yield image_key(name), where, functools.partial(read_tsv_row, columns, fields)
+                    yield image_key(name), where, partial(read_tsv_row, columns, fields)
 
 
 def read_tsv_row(columns, fields):
@@ -418,15 +404,15 @@ def read_tsv_row(columns, fields):
     return {"size": (row["w"], row["h"]), **arrays}
 
 
-def read_npz(files, sizes):
-    """A file an image, as UNITER's extractor and others write it."""
+def read_each(read_image, files, sizes):
+    """The forms with a file an image, which read_image(path, size) reads."""
     for name, path in files.items():
-        yield name, path, functools.partial(read_npz_image, path, sizes.get(image_key(name)))
+        yield name, path, partial(read_image, path, sizes.get(image_key(name)))
 
 
-def read_npz_image(file, size):
-    """file: path or open file. size: (width, height) by the captions' JSON, or None. Nothing is
-    unpickled, and nothing taken that is too large."""
+def read_npz(file, size):
+    """file: path or open file, as UNITER's extractor and others write it. size: (width, height) by
+    the captions' JSON, or None. Nothing is unpickled, and nothing taken that is too large."""
     row = {}
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -455,7 +441,7 @@ def read_arrays(files, sizes):
         names, array = open_array(path)
         boxes = WHOLE.repeat(array.shape[1], 0)
         for i, name in enumerate(names):
-            yield name, f"{path} image {i}", functools.partial(dict, features=array[i], boxes=boxes)
+            yield name, f"{path} image {i}", partial(dict, features=array[i], boxes=boxes)
 
 
 def open_array(path):
@@ -463,36 +449,25 @@ def open_array(path):
     listed = Path(path.replace("_ims.npy", "_names.txt"))
     with one_line_errors(path, "save it again as a plain array (images, regions, features)"):
         array = np.lib.format.open_memmap(path, mode="r")
-        names = [f"{listed.stem.removesuffix('_names')}_{i:06d}" for i in range(len(array))]
-        if listed.exists():
-            names = read_lines(listed)
+        names = [f"{Path(path).stem}_{i:06d}" for i in range(len(array))]
+        names = read_lines(listed) if listed.exists() else names
         if len(names) != len(array):
             raise ValueError(f"{len(array)} images, but {len(names)} names in {listed.name}")
     return names, array
 
 
-def read_pictures(files, sizes):
-    """Plain pictures: cells of a grid instead of a detector. Weak, but it needs no more."""
-    for name, path in files.items():
-        yield name, path, functools.partial(read_picture, path)
-
-
-def read_picture(path):
-    """A picture file of any kind -> features and boxes of the whole and of 4 x 4 cells."""
+def read_picture(path, size):
+    """A picture, turned as its camera says, 16 bits of grey brought to 8, what is transparent white
+    -> features and boxes of the whole and of 4 x 4 cells, which stand for a detector's."""
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
-        return {"features": describe_crops(upright_rgb(picture), GRID), "boxes": GRID}
-
-
-def upright_rgb(picture):
-    """Turned as its camera says, 16 bits of grey brought to 8, what is transparent white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.float32) / 257
-        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):
+            grey = np.asarray(picture).astype(np.float32) / 257
+            picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return {"features": describe_crops(picture.convert("RGB"), GRID), "boxes": GRID}
 
 
 # ---- UNITER's image databases ------------------------------------------------------------------
@@ -555,8 +530,7 @@ def walk(file, size, number, depth):
             yield bytes(page[place + 8 : start]), value
 
 
-# msgpack: the bytes that are an item by themselves; the type, as struct names it, of the number or
-# length that follows other first bytes.
+# msgpack: bytes that are an item by themselves; struct's type of what follows other first bytes.
 SINGLE = {n % 256: n for n in range(-32, 128)} | {0xC0: None, 0xC2: False, 0xC3: True}
 FOLLOWING = dict(zip(range(0xC4, 0xE0), "BHI...fdBHIQbhiq.....BHIHIHI"))
 
@@ -614,14 +588,14 @@ def read_uniter(files, sizes):
         for key, value in read_lmdb(path):
             name = key.decode(errors="replace")
             if name != "__keys__":
-                read = functools.partial(read_uniter_image, value, counts.get(name))
+                read = partial(read_uniter_image, value, counts.get(name))
                 yield name, f"{path} key {name[:60]}", read
 
 
 def read_uniter_image(value, count):
     """The npz or msgpack of one image. count: of its regions; None: as check_regions finds it."""
     if value[:2] == b"PK":
-        image = read_npz_image(io.BytesIO(value), None)
+        image = read_npz(io.BytesIO(value), None)
     else:
         arrays, end = unpack_msgpack(value)
         if end < len(value) or not {b"features", b"norm_bb"} <= arrays.keys():
@@ -636,25 +610,21 @@ def read_uniter_image(value, count):
 Form = namedtuple("Form", "name endings reader")
 FORMS = [  # of all that lies in a folder, the first form of this list is taken
     Form("tsv", (".tsv",), read_tsv),
-    Form("npz", (".npz",), read_npz),
+    Form("npz", (".npz",), partial(read_each, read_npz)),
     Form("uniter", ("data.mdb",), read_uniter),
     Form("arrays", ("_ims.npy",), read_arrays),
-    Form("pictures", (".jpg", ".jpeg", ".png", ".webp"), read_pictures),
+    Form("pictures", (".jpg", ".jpeg", ".png", ".webp"), partial(read_each, read_picture)),
 ]
 
 
 # ---- a published data set ----------------------------------------------------------------------
-# What lies under --root is recognised by its file names: first the region features, then the
-# captions that go with them.
 
 NOTHING = (
     "expected are dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) "
     "and one of *.tsv (bottom-up-attention, LXMERT), *.npz or data.mdb (UNITER), *_precomp/ (SCAN; "
     "needs no JSON), images/ (pictures). The smallest that does: the JSON and images/"
 )
-KARPATHY = (
-    'Karpathy\'s form is expected: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
-)
+KARPATHY = 'Karpathy\'s form is {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
 PHRASES = 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
 SKIP = "mend it, or pass --skip-bad to leave it out"
 SPLITS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val", "testall": "test"}
@@ -725,9 +695,9 @@ def read_scan_captions(paths):
         lines = read_lines(path)
         if len(lines) != 5 * len(names):
             raise InputError(f"{path}: {len(lines)} lines for {len(names)} images, not five each")
+        split = path.name.removesuffix("_caps.txt")
         for i, name in enumerate(names):
             sentences = [{"raw": line} for line in lines[5 * i : 5 * i + 5]]
-            split = path.name.removesuffix("_caps.txt")
             images.append({"filename": name, "split": split, "sentences": sentences})
     return {"images": images}
 
@@ -852,8 +822,7 @@ def read_phrases(path):
 
 
 def make_tokenizer(root, splits, tokens, notes):
-    """With the vocabulary of a checkpoint, else of vocab.txt in root, else with the words that the
-    training captions have three times; with all their words, if those are few."""
+    """With the tokens of a checkpoint, of vocab.txt in root, or of the training captions."""
     if tokens is None and (root / "vocab.txt").exists():
         tokens = read_lines(root / "vocab.txt")
     elif tokens is None:
@@ -874,18 +843,14 @@ def load_data(
     phrases=None,
     skip_bad=False,
     tokens=None,
-    feature_size=None,
     store="data",
     elsewhere=(),
-    max_text=64,
 ):
     """A published data set in whatever form lies under root -> Data. Raises InputError.
-
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root: its folder).
     features: file or folder of the region features, if not below root. phrases: see read_phrases.
     skip_bad: leave out what cannot be used, counted in Data.notes.
-    tokens, feature_size: of a checkpoint. store, elsewhere: folders, see open_regions.
-    """
+    tokens: of a checkpoint. store, elsewhere: folders, see open_regions."""
     root = Path(root or Path(name).parent)
     place = Path(features or root)
     left_out = [] if skip_bad else None
@@ -899,10 +864,6 @@ def load_data(
         listed = read_captions(source, content, left_out)
         table = read_phrases(phrases) if phrases else {}
         regions = load_regions(form, files, listed, place, skip_bad, store, elsewhere)
-    if feature_size not in (None, regions.feature_size):
-        width = f"features are {regions.feature_size} wide"
-        raise InputError(f"{place}: {width}, the checkpoint's are {feature_size}; give --features")
-
     splits = make_splits(listed, regions.names, place, table, left_out)
     if not splits:
         raise InputError(f"{source}: no image has both captions and features in {place}")
@@ -914,14 +875,13 @@ def load_data(
         if lines:
             notes.append(f"{what}: left out {len(lines):,} images, the first: {lines[0]}")
     tokenizer = make_tokenizer(root, splits, tokens, notes)
-    return Data(str(name), tokenizer, regions, splits, max_text, notes)
+    return Data(str(name), tokenizer, regions, splits, notes=notes)
 
 
 # ---- the embedded world ------------------------------------------------------------------------
 # Pictures of two to four drawn things, captions by a grammar of one sentence, and an exact oracle,
 # which training never sees:
 #     describes("a small red star above a blue ring", scene) -> True, False or None
-# In val and test pictures come in families of near-twins, so that ranking turns on single words.
 
 
 def read_table(text):
@@ -1006,8 +966,7 @@ def describes(caption, scene):
 
 
 def paraphrase(caption):
-    """The sentence told from the other thing: "A left of B" becomes "B right of A", which is true
-    of the same scenes. None if the caption is no sentence, or is the same from both sides."""
+    """The same from the other thing, "B right of A" for "A left of B"; None if there is none."""
     sentence = SENTENCE.fullmatch(caption)
     if sentence is None:
         return None
@@ -1017,8 +976,7 @@ def paraphrase(caption):
 
 
 def phrases_of(caption):
-    """Word positions of what can be masked: each shape, adjective and background, alone, and the
-    words of the relation together."""
+    """Word positions of what can be masked: shapes, adjectives, backgrounds, whole relations."""
     phrases = []
     for n, word in enumerate(caption.split()):
         if word == "of":
@@ -1051,8 +1009,7 @@ def random_thing(rng):
 
 
 def random_scene(rng):
-    """A scene of two to four things; often two share a colour or a shape, so that one word does
-    not tell them apart."""
+    """Two to four things; often two share a colour or a shape, so one word is not enough."""
     count = rng.randint(2, 4)
     things = []
     while len(things) < count:
@@ -1068,8 +1025,7 @@ def random_scene(rng):
 
 
 def near_twin(rng, scene):
-    """The scene with one attribute or the place of one thing changed, or two places swapped.
-    A model must read every word, and who is where, to tell the two apart."""
+    """The scene with one attribute or the place of one thing changed, or two places swapped."""
     while True:
         a, b = rng.sample(scene.objects, 2)
         change = rng.choice(("size", "pattern", "colour", "shape", "place", "swap"))
@@ -1103,13 +1059,12 @@ def write_caption(rng, scene):
 
 
 def five_captions(rng, scene, family):
-    """Five different captions that are true of no other scene of the family; None if 200 tries do
-    not bring them."""
-    others = [other for other in family if other is not scene]
+    """Five captions that are true of no other scene of the family; None if 200 tries find fewer."""
     captions = []
     for _ in range(200):
         caption = write_caption(rng, scene)
-        if caption not in captions and not any(describes(caption, other) for other in others):
+        fitting = [other for other in family if describes(caption, other)]
+        if fitting == [scene] and caption not in captions:
             captions.append(caption)
         if len(captions) == 5:
             return captions
@@ -1117,8 +1072,7 @@ def five_captions(rng, scene, family):
 
 
 def make_scenes(seed, split, size):
-    """[(scene, five captions)] of a split, a function of the arguments only. Val and test come
-    in families: a scene and four near-twins of it."""
+    """[(scene, five captions)] of a split; in val and test four near-twins follow each scene."""
     rng = random.Random(f"{seed} {split}")
     made = []
     while len(made) < size:
@@ -1177,8 +1131,7 @@ def look(seed, splits):
 
 
 def load_scenes(seed, sizes, store, tokens=None, elsewhere=()):
-    """The embedded world as Data. sizes: images in train, val and test. tokens: the vocabulary of
-    a checkpoint. store, elsewhere: as for load_data."""
+    """The embedded world as Data. sizes: images in train, val, test; the others as in load_data."""
     splits = {}
     for n, name in enumerate(("train", "val", "test")):
         made = make_scenes(seed, name, sizes[n])
@@ -1208,7 +1161,6 @@ def describe_crops(picture, boxes):
     ground = np.median(crops[:, border], 1)  # (R, 3)
     inside = (4 * np.abs(crops - ground[:, None, None]).max(-1)).clip(0, 1)  # (R, 24, 24)
     silhouette = inside.reshape(-1, 12, 2, 12, 2).mean((2, 4)).reshape(-1, 144)
-
     # Shares of four levels of red, green and blue, so that a colour is a point of 64.
     levels = (1 - np.abs(3 * crops[..., None] - np.arange(4))).clip(0).reshape(-1, 576, 3, 4)
     red, green, blue = levels.transpose(2, 0, 1, 3)  # (R, 576, 4) each
@@ -1216,9 +1168,7 @@ def describe_crops(picture, boxes):
     share = inside.reshape(-1, 576, 1)
     own = (pairs * share).transpose(0, 2, 1) @ blue / share.sum(1, keepdims=True).clip(1)
     around = (pairs * (1 - share)).transpose(0, 2, 1) @ blue / 576
-
-    # How much the light at two places in the thing is alike, for steps of 0 to 6 pixels between
-    # them: it tells a pattern wherever it begins, and whatever it is painted on.
+    # How alike is the light at places 0 to 6 pixels apart: it tells a pattern wherever it begins.
     light = crops.mean(-1)
     mean = (light * inside).sum((1, 2)) / inside.sum((1, 2)).clip(1)
     light = (light - mean[:, None, None]) * inside
@@ -1226,11 +1176,9 @@ def describe_crops(picture, boxes):
     both = np.fft.irfft2(waves)[..., :7, :7]  # (2, R, 7, 7)
     alike = both[0] / (both[1] + 10)
     alike = (alike / (alike[:, :1, :1] + 5e-4)).reshape(-1, 49)
-
     # What share of the picture the crop takes, across and down: between which eighths.
     sides = boxes[:, 2:] - boxes[:, :2]
     extent = (1 - np.abs(8 * sides[..., None] - np.arange(9))).clip(0).reshape(-1, 18)
-
     # Roots and weights: each part spreads as widely as the silhouette does, so that none is louder.
     own, around = np.sqrt(own).reshape(-1, 64), np.sqrt(around).reshape(-1, 64)
     return np.concatenate([silhouette - 0.5, 5 * own, 4 * around, 2 * alike, 3 * extent], 1)

@@ -2,8 +2,7 @@
 
 Letters: C captions, I images, N sentences or pairs, H negatives of a caption, T text positions.
 Every mask: True = real. All shares are in percent, and a tie counts against the model. `options`
-are device, dtype (float32, or bfloat16 by autocast) and score_batch (pairs in one pass).
-"""
+are device, dtype (float32, or bfloat16 by autocast) and score_batch (pairs in one pass)."""
 
 import contextlib
 import dataclasses
@@ -103,16 +102,6 @@ def positives_metrics(prefix, file, scores, queries, items):
     values = [*(100 * torch.stack(found).mean(0)).tolist(), len(found)]
     measures = ("map_at_r", "rprecision", "r1", "queries")
     return {f"{prefix}_{measure}": value for measure, value in zip(measures, values)}
-
-
-def identification_ceiling(split):
-    """R@1 of one who knows all and guesses among ties: {"ceiling_tr_r1", "ceiling_ir_r1"}."""
-    true = [[describes(text, scene) is True for scene in split.scenes] for text in split.captions]
-    true = torch.tensor(true)  # (C, I)
-    own = true & (split.image_of_caption[:, None] == torch.arange(len(split.scenes)))
-    tr = own.sum(0) / true.sum(0)
-    ir = own.sum(1) / true.sum(1)
-    return {"ceiling_tr_r1": 100 * tr.mean().item(), "ceiling_ir_r1": 100 * ir.mean().item()}
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -378,7 +367,7 @@ def read_probe(path):
 
 WIDTH = 1120
 INK, GREY = (35, 38, 45), (125, 128, 135)
-RULE, BLUE = (220, 222, 226), (0, 105, 190)
+RULE = (220, 222, 226)
 ORANGE, GREEN = (204, 80, 0), (0, 130, 80)
 
 
@@ -392,8 +381,7 @@ def draw_rows(path, scenes, rows):
         y = top + 16
         shown = scenes and number is not None
         if shown:
-            picture = datasets.draw(scenes[number]).convert("RGB")
-            sheet.paste(picture.resize((168, 168)), (16, y))
+            sheet.paste(datasets.draw(scenes[number]).resize((168, 168)), (16, y))
         for label, words in lines:
             pen.text((204, y + 3), label, GREY, font_size=15)
             words = [(word, INK) for word in words.split()] if isinstance(words, str) else words
@@ -437,27 +425,6 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
             lines.append((f"generated  {logit.sigmoid():.2f}", words))
         rows.append((image, lines))
     draw_rows(path, content.scenes, rows)
-
-
-def draw_curves(path, rows):
-    """Every number of a log over its steps, each from its least value to its largest.
-    rows: the lines of the log, {"phase", "step", column: number}; not every column is in each."""
-    curves = {}  # {column: [(step, value)]}
-    for row in rows:
-        for name, value in row.items():
-            if name not in ("phase", "step") and math.isfinite(value):
-                curves.setdefault(name, []).append((row["step"], value))
-    sheet = Image.new("RGB", (WIDTH, 60 * len(curves) + 16), "white")
-    pen = ImageDraw.Draw(sheet)
-    for top, (name, points) in zip(range(8, sheet.height, 60), curves.items()):
-        steps, values = np.array(points).T
-        across = np.interp(steps, (0, rows[-1]["step"]), (350, WIDTH - 16))
-        low = values.min()
-        high = values.max()
-        pen.text((16, top + 20), f"{name}: {low:.4g} to {high:.4g}", INK, font_size=15)
-        heights = np.interp(values, (low, high), (top + 50, top + 6))
-        pen.line([*zip(across, heights)], BLUE, 2)
-    sheet.save(path)
 
 
 # ---- all together ------------------------------------------------------------------------------

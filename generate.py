@@ -19,8 +19,7 @@ A worked example, M = 1, K = 2, H = 1 (phrases: "two dogs", "running", "on", "gr
     [CLS] three cows running on grass [SEP]        kept; labels -1 two dogs -1 -1 -1 -1
 
 Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
-or `match` raises ValueError on a CPU alone; on a GPU a sentence with a NaN score is not used.
-"""
+or `match` raises ValueError on a CPU alone; on a GPU a sentence with a NaN score is not used."""
 
 import math
 import re
@@ -67,7 +66,6 @@ def mask_phrases(
     words = torch.eye(T, dtype=torch.bool, device=device) & ordinary[:, None]  # (B, T, T)
     phrases = torch.cat((phrases, words & without[:, None, None]), 1)
     P = phrases.size(1)
-
     # A token of f phrases brings each probability / f; a phrase's chance is its tokens' mean.
     member = phrases.float()
     share = probability / member.sum(1, keepdim=True).clamp(min=1)  # (B, 1, T)
@@ -79,7 +77,6 @@ def mask_phrases(
     one = F.one_hot(tickets.argmax(2), P).bool()
     chosen = torch.where(chosen.any(2, keepdim=True), chosen, one)  # (B, M, P)
     masked = torch.matmul(chosen.float(), member) > 0  # (B, M, T)
-
     # What is shown in place of the masked words.
     original = input_ids[:, None].expand(B, maskings, T)
     coin = torch.rand(B, maskings, T, device=device, generator=generator)
@@ -139,7 +136,6 @@ def refill_masks(
             # The original may return, so that single words of a phrase can be wrong.
             true = word_probabilities(belief) > truth_threshold
             logits = logits.masked_fill(true.scatter(1, originals, False), -math.inf)
-
         # Two draws or more: to check a single one torch would wait for a GPU.
         chances = word_probabilities(logits / temperature)
         words = torch.multinomial(chances, max(refills, 2), replacement=True, generator=generator)

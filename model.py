@@ -3,8 +3,7 @@
 Letters: B pairs, T text positions, R regions, S = T + R, D hidden size, V vocabulary, F feature
 size; A captions and I images that are prepared once and then meet in N pairs; L positions of
 either; h heads, each d = D / h wide; q chosen places. Every mask: True = real, None = all is.
-A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions.
-"""
+A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions."""
 
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's epsilon
 PRESETS = {
     "tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
     "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
@@ -61,9 +61,6 @@ class Config:
             )
         except (KeyError, AttributeError, TypeError, ValueError, IndexError) as fault:
             raise ValueError(f"not UNITER weights, whose sizes can be read: {fault}") from None
-
-
-layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's epsilon
 
 
 class TextEmbedding(nn.Module):

@@ -3,8 +3,7 @@
 Reading order: training_step, Trainer.train, run; every default stands in TERMS and OPTIONS.
 Letters: B anchor pairs of a step, P pairs in its retrieval pool (the anchors first), T text
 positions, R regions, M maskings, K refills, H kept negatives, C captions of an image, q masked
-words of all anchors. Every mask: True = real / usable.
-"""
+words of all anchors. Every mask: True = real / usable."""
 
 import argparse
 import contextlib
@@ -147,9 +146,7 @@ AT_MOST |= {"warmup_mask_probability": 1, "truth_threshold": 1}
 def make_parser():
     """The table of options as a parser that returns only what was given. The type of an option is
     that of its default: a bool is a switch, a list takes several values, None stands for a text."""
-    parser = argparse.ArgumentParser(
-        description="TAGS-DC, see README.md", argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, text in options:
@@ -234,12 +231,11 @@ def draw_pairs(split, count, rng):
 
 
 def make_batch(data, split, captions, B, device, rng, maskings, probability):
-    """Tensors of P pairs, their captions given by index; the first B of them are the anchors.
-    What is random here is drawn on the CPU, so that no size need be asked of a GPU.
-    Returns a dict of tensors on the device: input_ids (P, T), true_captions (P, C, T') of each
-    image, features (P, R, F), boxes (P, R, 7), region_mask (P, R); of the anchors masked (B, M, T),
-    places (q,) of their masked words in it, flat, and targets (q,), the words there. And labels
-    (B, M, T), the same words in place, on the CPU."""
+    """Tensors of P pairs, their captions given by index; the first B of them are the anchors. What
+    is random is drawn on the CPU, so that no size need be asked of a GPU. Returns a dict of tensors
+    on the device: input_ids (P, T), true_captions (P, C, T') of each image, features (P, R, F),
+    boxes (P, R, 7), region_mask (P, R); of the anchors masked (B, M, T), places (q,) of the masked
+    words in it, flat, targets (q,), the words there; and labels (B, M, T), on the CPU, the same."""
     images = data.splits[split].image_of_caption[captions]
     input_ids = data.text(split, captions)
     phrases = data.phrases(split, captions[:B])
@@ -271,7 +267,6 @@ def draw_wrong_partners(model, texts, images, batch, count, rng):
     behind = (row[:, None] + step) % B  # (B, K)
     before = (row[:, None] - step) % B
     K = len(step)
-
     # Caption b with the image k steps behind it; so image b with the caption k steps before it.
     scores = model.score_pairs(texts, row.repeat_interleave(K), images, behind.flatten()).view(B, K)
     false_texts = ~generate.is_true(ids[before], batch["true_captions"])  # (B, K)
@@ -293,18 +288,15 @@ def draw_by_score(scores, valid, rng):
 
 
 def retrieve_negatives(model, texts, images, batch, hard, score_batch):
-    """The H hardest images of the pool for each anchor caption, and captions for each anchor
-    image (section 3.2): (index, valid) twice, (B, H) each. A caption that equals one of an image's
-    own is never its negative, nor the image the caption's."""
+    """The H hardest images of the pool for each anchor caption, and captions for each anchor image
+    (section 3.2), none of which is true: (index, valid) twice, (B, H) each."""
     ids = batch["input_ids"]
     true = batch["true_captions"]
     P = len(ids)
     B = len(batch["masked"])
     anchors = torch.arange(B, device=ids.device)
     pool = torch.arange(P, device=ids.device)
-
-    # Every anchor caption with every image, then the other captions with the anchor images; the
-    # anchors meet each other once.
+    # Every anchor caption with every image, then the other captions with the anchor images.
     text_index = torch.cat((anchors.repeat_interleave(P), pool[B:].repeat_interleave(B)))
     image_index = torch.cat((pool.repeat(B), anchors.repeat(P - B)))
     scores = model.score_pairs(texts, text_index, images, image_index, score_batch)
@@ -335,8 +327,7 @@ def heads_over(model, images, pad_id):
 
 
 def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_rng):
-    """`generate.tailor_negatives` for the anchors of a batch (section 3.3): the model, over its
-    prepared images, chooses, and refills, too, unless another network is the writer."""
+    """`generate.tailor_negatives` for the anchors (section 3.3). writer: refills for the model."""
     B, M, T = batch["masked"].shape
     fill, match = heads_over(model, images, tokenizer.pad_id)
     if writer is not None:
@@ -490,10 +481,9 @@ def phase_plan(args):
 
 
 class Trainer:
-    """A training run: the model, where it stands, and all that its checkpoints hold.
-    Each phase of the plan begins with a fresh optimiser and the best weights of the one before, and
-    ends with its own best weights in best.pt. last.pt is where --resume goes on. Of several
-    processes (torchrun) each draws its own batches and pools; the first one alone writes."""
+    """A training run: the model, where it stands, and all that its checkpoints hold. Each phase
+    begins with a fresh optimiser and the best weights of the one before (best.pt); last.pt is where
+    --resume goes on. Of several processes (torchrun) each draws its own batches and pools."""
 
     def __init__(self, args, data, model, device, signals):
         self.args = args
@@ -610,7 +600,6 @@ class Trainer:
             for name, value in seen.items():
                 self.history.setdefault(name, []).append(value)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-
         # Where found_inf is 1 the fused AdamW changes nothing: a skip without asking a GPU.
         skipped = (~norm.isfinite()).float()
         self.optimizer.found_inf = skipped
@@ -671,7 +660,6 @@ class Trainer:
         done = sum(planned[: self.progress.phase]) + self.progress.step
         row = {name: round(mean, 5) for name, mean in means.items()}
         self.progress.log.append({"phase": phase, "step": done, "lr": lr} | row)
-
         # The first process alone speaks, of its own batches.
         pace = (time.time() - self.started) / len(skipped)  # seconds a step
         if "hard" in means:
@@ -732,8 +720,7 @@ def scoring(args, device):
 
 
 def scores_of(model, data, split, args, device, count=None):
-    """Score matrix (C, I) of a split, or of its first `count` images and their captions, and the
-    image of each caption. Several processes share the captions."""
+    """Score matrix (C, I) of a split, or of its first `count` images, and each caption's image."""
     images = torch.arange(len(data.splits[split].images))[:count]
     owner = data.splits[split].image_of_caption
     owner = owner[owner < len(images)]
@@ -753,8 +740,8 @@ def final_split(data):
 
 
 def tailored_examples(model, data, split, args, device, count):
-    """Generated negatives of the first caption of some images, the same for the same seed: captions
-    and images (N,), originals (N, T), sentences (N, H, T), valid (N, H), a dict on the CPU."""
+    """Generated negatives of the first caption of some images, by the seed: a dict on the CPU of
+    captions and images (N,), originals (N, T), sentences (N, H, T), valid (N, H)."""
     # One image of each family of the scenes, so that a writer's other picture is no near-twin.
     last = len(data.splits[split].images) - 1
     images = torch.linspace(0, last, min(last + 1, count)).long()
@@ -793,23 +780,18 @@ def finish(args, data, model, device, progress):
         return
     for path in args.probe:
         metrics |= evaluate.run_probe(path, model, data, split, **options)
-    if content.scenes:
-        metrics |= evaluate.identification_ceiling(content)
     say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions")
     say("\n".join(evaluate.table(metrics, progress["warmup"] or {})))
     if args.save_scores:
         np.save(out / "scores.npy", scores.numpy())
     evaluate.draw_negatives(out / "negatives.png", model, data, split, scores, examples, **options)
     if not args.eval:
-        evaluate.draw_curves(out / "curves.png", progress["log"])
         record = {"test": metrics, "val": progress["best"], "warmup": progress["warmup"]}
         record |= {"arguments": saved_arguments(args), "seconds": round(progress["seconds"], 1)}
+        record["seed"] = args.seed
         record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
         write_text(out / "metrics.json", json.dumps(record, indent=1))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
-
-
-# ---- main --------------------------------------------------------------------------------------
 
 
 def saved_arguments(args):
@@ -856,7 +838,6 @@ def make_model(args, data, source, state):
 def load_all(args, source, device):
     """What a run works on -> data, model, and what the file `source` holds, a dict (None: {}).
     The first process converts the region features, for hours if need be, and the others wait."""
-    # A checkpoint brings its vocabulary and sizes along, so it is read before data and model.
     state = load_checkpoint(source, official=source == args.init) if source else {}
     inner = Path("data") / Path(args.data).stem
     elsewhere = [Path(path).parent / inner for path in (source, args.init) if path]
@@ -867,7 +848,6 @@ def load_all(args, source, device):
     if args.data == "scenes":
         data = datasets.load_scenes(args.seed, args.scenes, **shared)
     else:
-        shared["feature_size"] = state.get("config", {}).get("feature_size")
         places = (args.root, args.features, args.phrases)
         data = datasets.load_data(args.data, *places, args.skip_bad, **shared)
     if RANK == 0 and WORLD_SIZE > 1:

@@ -2,7 +2,8 @@
 
 All arms of a seed go on from one warm-up, for equally many steps, and differ in the options of
 ARMS alone. Every run is a process of its own under runs/study/; a finished one is not run again
-and an interrupted one goes on. Writes study.csv (a row a run) and study.md there. `--scenes`,
+and an interrupted one goes on. Writes study.csv (a row a run) and study.md there, and
+curves.png into each run's folder. `--scenes`,
 `--steps`, `--phases` (warmup and dc), `--device`, `--dtype`, `--size` and `--out` are passed on.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,7 +42,7 @@ SCALES = {  # training images beside the full number, and which arms
     300: ("retrieved", "TAGS-DC"),
     5000: ("retrieved", "TAGS-DC"),
 }
-MEASURES = """rsum tr_r1 ir_r1 one_word_wrong oversensitivity wod_auc
+MEASURES = """rsum tr_r1 ir_r1 one_word_wrong altered_tr_r1 oversensitivity wod_auc
     wod_most_suspicious woc_accuracy sentences_repaired fair_negatives true_negatives
     ungrammatical_negatives blind_accuracy retrieved_early retrieved_late synthetic_early
     synthetic_late seconds""".split()
@@ -100,6 +102,7 @@ def run_arm(args, arm, images, seed):
     options += ["--init", str(folder / "warmup" / "best.pt"), "--phases", "dc=1"]
     place = place_of(folder, arm)
     run_once(place, [*options, "--steps", str(steps), *ARMS[arm].split()])
+    draw_curves(place)
     return {"seed": seed, "arm": arm, "images": images} | measures_of(place)
 
 
@@ -189,6 +192,28 @@ def blind_accuracy(place):
     with evaluate.inference(blind, device):
         right = (judge(ids) > 0) == captions
     return 100 * right.float().mean().item()
+
+
+def draw_curves(place):
+    """curves.png of a run: every number of its log over the steps, from least to largest."""
+    with open(place / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    curves = {}  # {column: [(step, value)]}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("phase", "step") and value not in ("", "nan"):
+                curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    sheet = Image.new("RGB", (evaluate.WIDTH, 60 * len(curves) + 16), "white")
+    pen = ImageDraw.Draw(sheet)
+    for top, (name, points) in zip(range(8, sheet.height, 60), curves.items()):
+        steps, values = np.array(points).T
+        across = np.interp(steps, (0, int(rows[-1]["step"])), (350, evaluate.WIDTH - 16))
+        low = values.min()
+        high = values.max()
+        pen.text((16, top + 20), f"{name}: {low:.4g} to {high:.4g}", evaluate.INK, font_size=15)
+        heights = np.interp(values, (low, high), (top + 50, top + 6))
+        pen.line([*zip(across, heights)], evaluate.ORANGE, 2)
+    sheet.save(place / "curves.png")
 
 
 # ---- tables ------------------------------------------------------------------------------------

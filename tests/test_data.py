@@ -3,6 +3,7 @@ ones and on damaged ones. `python tests/test_data.py 1000` damages 1,000 files o
 
 import base64
 import io
+import dataclasses
 import json
 import os
 import random
@@ -757,11 +758,6 @@ def test_nothing_there_says_what_would_do(tmp_path):
         load_data(tmp_path / "my.json", store=tmp_path / "s")
 
 
-def test_feature_size_of_the_checkpoint(root, tmp_path):
-    with pytest.raises(InputError, match="4 wide, the checkpoint's are 2048"):
-        load_data("coco", root, store=tmp_path, feature_size=2048)
-
-
 def test_no_training_captions(root, tmp_path):
     karpathy(root / "dataset_coco.json", IMAGES[2:])
     with pytest.raises(InputError, match="vocab.txt"):
@@ -988,7 +984,7 @@ def rgb_like(picture, mode):
         *[("transparent", ".png"), ("RGB", ".JPEG")],
     ],
 )
-def test_pictures_of_every_kind_are_seen_right(tmp_path, mode, ending):
+def test_pictures_of_every_kind_are_seen_right(tmp_path, monkeypatch, mode, ending):
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:, :24] = 250
     pixels[:16, 24:] = 90
@@ -1003,14 +999,21 @@ def test_pictures_of_every_kind_are_seen_right(tmp_path, mode, ending):
         pixels[20:] = 255
         pixels[:, 20:] = 255
         plain = Image.fromarray(pixels)
-    with Image.open(tmp_path / f"1{ending}") as opened:
-        seen = data_module.upright_rgb(opened)
+    pictures = []
+    describe_crops = data_module.describe_crops
+
+    def watched(picture, boxes):
+        pictures.append(picture)
+        return describe_crops(picture, boxes)
+
+    monkeypatch.setattr(data_module, "describe_crops", watched)
+    features = read_one_picture(tmp_path / f"1{ending}")
+    seen = pictures[0]
     assert seen.mode == "RGB" and seen.size == plain.size
     error = np.asarray(seen, float) - np.asarray(plain.convert("RGB"), float)
     assert abs(error).mean() < 8
-    features = read_one_picture(tmp_path / f"1{ending}")
     boxes = np.array([[0.0, 0.0, 1.0, 1.0]])
-    assert abs(features[0] - data_module.describe_crops(seen, boxes)[0]).max() < 0.01
+    assert abs(features[0] - describe_crops(seen, boxes)[0]).max() < 0.01
 
 
 def read_one_picture(path):
@@ -1175,9 +1178,8 @@ def test_captions_of_unknown_words_and_of_512_tokens(root, tmp_path):
     ids = data.text("train", [0, 1])
     assert ids.shape == (2, 64) and ids[0, -1] == data.tokenizer.sep_id
     assert ids[1, :4].tolist() == [2, 1, 1, 3] and data.phrases("train", [0, 1]).shape[2] == 64
-    assert load_data("coco", root, store=tmp_path, tokens=TOKENS, max_text=600).text(
-        "train", [0]
-    ).shape == (1, 514)
+    longer = dataclasses.replace(data, max_text=600)
+    assert longer.text("train", [0]).shape == (1, 514)
 
 
 def test_splits_of_one_image_and_images_of_1_and_100_regions(root, tmp_path):

@@ -148,18 +148,6 @@ def test_recall_refuses_other_shapes():
             evaluate.retrieval_metrics(scores, owner)
 
 
-def test_ceiling_of_the_oracle_one_by_one(world):
-    content = world.splits["test"]
-    chance = []
-    for caption, owner in zip(content.captions, content.image_of_caption.tolist()):
-        true = [datasets.describes(caption, scene) is True for scene in content.scenes]
-        assert true[owner]
-        chance.append(1 / sum(true))
-    ceiling = evaluate.identification_ceiling(content)
-    assert ceiling["ceiling_ir_r1"] == pytest.approx(100 * np.mean(chance), rel=1e-5)
-    assert 80 < ceiling["ceiling_tr_r1"] <= 100.001
-
-
 # ---- scores
 
 
@@ -635,23 +623,6 @@ def test_negatives_are_drawn(tmp_path, world, model, scores, altered):
     # Of photographs there is no picture to show.
     evaluate.draw_negatives(path, model, without_scenes(world), "test", scores, examples)
     assert Image.open(path).size[1] < 6 * 168
-
-
-def test_curves_are_drawn(tmp_path):
-    log = []
-    for step in range(10, 60, 10):
-        row = {"phase": "warmup" if step < 40 else "dc", "step": step, "itm": 4 / step}
-        if step >= 40:
-            row["hard"] = 0.0
-        row["val_tr_r1"] = float("nan") if step == 20 else step
-        log.append(row)
-    path = tmp_path / "curves.png"
-    evaluate.draw_curves(path, log)
-    assert Image.open(path).size == (evaluate.WIDTH, 3 * 60 + 16)  # itm, hard, val_tr_r1
-    assert evaluate.BLUE in colours_of(path)
-    evaluate.draw_curves(path, log[:1])
-    evaluate.draw_curves(path, [{"phase": "warmup", "step": 1}])
-    assert Image.open(path).size[0] == evaluate.WIDTH
 
 
 def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered, monkeypatch):

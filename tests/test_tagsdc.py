@@ -84,7 +84,7 @@ def assert_same_run(one, other):
 
 
 def test_a_run_leaves_everything_it_promises(world):
-    promised = "log.csv metrics.json last.pt best.pt negatives.png curves.png scores.npy".split()
+    promised = "log.csv metrics.json last.pt best.pt negatives.png scores.npy".split()
     assert set(promised) <= {path.name for path in world.iterdir()}
     recall = {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}
     assert recall <= metrics(world)["test"].keys()
