@@ -96,8 +96,11 @@ def run_arm(args, arm, images, seed):
     folder = folder_of(args, images, seed)
     steps = planned_steps(args)["dc"]
     if arm == "retrieved, as long":
-        times = [seconds_of(place_of(folder, other)) for other in ("TAGS-DC", "retrieved")]
-        steps = round(steps * max(1, times[0] / times[1]))
+        # Of the seeds' fastest runs, which other programs on the machine disturbed least.
+        folders = [folder_of(args, images, other) for other in range(args.study)]
+        whole = min(seconds_of(place_of(other, "TAGS-DC")) for other in folders)
+        part = min(seconds_of(place_of(other, "retrieved")) for other in folders)
+        steps = round(steps * max(1, whole / part))
     options = shared_options(args, images, seed)
     options += ["--init", str(folder / "warmup" / "best.pt"), "--phases", "dc=1"]
     place = place_of(folder, arm)
