@@ -411,8 +411,7 @@ def read_each(read_image, files, sizes):
 
 
 def read_npz(file, size):
-    """file: path or open file, as UNITER's extractor and others write it. size: (width, height) by
-    the captions' JSON, or None. Nothing is unpickled, and nothing taken that is too large."""
+    """file: a path or an open file. size: (width, height) by the captions' JSON, or None."""
     row = {}
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -536,8 +535,7 @@ FOLLOWING = dict(zip(range(0xC4, 0xE0), "BHI...fdBHIQbhiq.....BHIHIHI"))
 
 
 def unpack_msgpack(data, start=0, depth=0):
-    """The item at a byte of data, inside of `depth` others -> the item, the byte after it. Bytes
-    and text stay views of data, and so are the arrays, which msgpack-numpy writes as maps."""
+    """The item at a byte of data, `depth` levels deep -> the item, and the byte after it."""
     if start == len(data) or depth > 8:
         raise ValueError(f"ends at byte {start}, {depth} levels deep; is it cut off?")
     first = data[start]
@@ -1113,8 +1111,7 @@ def draw(scene, size=112):
 
 
 def look(seed, splits):
-    """Regions as a detector gives them, from pixels alone: the whole picture and a box a little
-    off each thing, in random order. Yields (name, features (R, F), boxes (R, 4))."""
+    """Yields (name, features (R, F), boxes (R, 4)), from pixels alone: all, and near each thing."""
     rng = random.Random(f"{seed} boxes")
     for split in splits.values():
         for name, scene in zip(split.images, split.scenes):

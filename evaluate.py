@@ -62,20 +62,20 @@ def precision_at_r(scores, right, count):
 
 
 def eccv_metrics(scores, data, split, root):
-    """precision_at_r on the positives of ECCV Caption and CxC, whose files lie side by side
-    somewhere below the folder root; {} if they do not. scores: (C, I) of COCO's test split.
+    """precision_at_r on the positives of ECCV Caption and CxC; {} where the files are missing.
+    scores: (C, I) of COCO's test split. root: a folder, somewhere below which they lie.
     Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
-    found = [*Path(root).glob("**/eccv_caption_to_image.json")]
-    if not found:
+    ids = [*Path(root).glob("**/coco_test_ids.npy")]
+    if not ids or not ids[0].with_name("original_caption_to_image.json").is_file():
         return {}
-    folder = found[0].parent
+    folder = ids[0].parent
     owner = data.splits[split].image_of_caption
     images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
     # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
     waiting = {image: (owner == i).nonzero()[:, 0].tolist() for image, i in images.items()}
     image_of = datasets.read_json(folder / "original_caption_to_image.json")  # {caption: [image]}
     captions = {}
-    for caption in np.load(folder / "coco_test_ids.npy", allow_pickle=False).tolist():
+    for caption in np.load(ids[0], allow_pickle=False).tolist():
         own = waiting.get(str(image_of[str(caption)][0]))
         if own:
             captions[str(caption)] = own.pop(0)
@@ -91,7 +91,7 @@ def eccv_metrics(scores, data, split, root):
 def positives_metrics(prefix, file, scores, queries, items):
     """The means of precision_at_r over the queries of a file, {query: [positives]}."""
     found = []
-    for query, positives in datasets.read_json(file).items():
+    for query, positives in (datasets.read_json(file) if file.is_file() else {}).items():
         positives = {str(positive) for positive in positives}
         right = [items[positive] for positive in positives if positive in items]
         if query in queries and right:  # R counts all positives, as in the official code
@@ -128,8 +128,7 @@ def score_matrix(
     model, data, split, device="cpu", dtype=torch.float, score_batch=128, captions=None, images=None
 ):
     """Matching logits of every caption of a split with every image of it -> (C, I) on the CPU.
-    captions, images: (C,), (I,) long, those wanted, in that order; None = all.
-    An image is prepared once, a caption once for every 256 images."""
+    captions, images: (C,), (I,) long, those wanted, in that order; None = all."""
     content = data.splits[split]
     captions = torch.as_tensor(range(len(content.captions)) if captions is None else captions)
     images = torch.as_tensor(range(len(content.images)) if images is None else images)
@@ -360,6 +359,8 @@ def read_probe(path):
             if not true or not all(isinstance(t, str) and t for t in (name, *true, *false)):
                 raise ValueError(f"the item of {name} lacks a text")
             found.append((name, true, false))
+        if not found:
+            raise ValueError("it is empty")
     return found
 
 
@@ -456,8 +457,7 @@ def table(metrics, warmup):
 
 
 def search(model, data, split, query, image, path, **options):
-    """The images that a sentence describes best, or else the captions of an image: draws them and
-    returns [(score, image name or caption)], best first."""
+    """Draws and returns what fits a sentence or an image best: [(score, image name or caption)]."""
     content = data.splits[split]
     if query:
         asked = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])

@@ -102,8 +102,7 @@ def refill_masks(
     truth_threshold: a word that the own image makes more probable than this is likely true of it,
         and not drawn unless it is the original; 1 = off, as in the paper.
     writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
-        in the paper. Of another one (`other_images`) it writes fluently what is false of its own
-        (README); a truth_threshold then costs one more pass over the masks.
+        in the paper. With another one (`other_images`) a truth_threshold costs one pass more.
     chunk_size: sentences in one call of `fill`.
     Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ..."""
     if chunk_size < 1:
@@ -190,8 +189,7 @@ def drop_non_negatives(candidates, captions, pad_id=0):
 
 
 def score_candidates(match, candidates, usable, chunk_size):
-    """Matching logits (B, N) of the candidates (B, N, T), each with its own image. On a CPU 0
-    for what is not usable, often half of them; a GPU would be waited for to learn which it is."""
+    """Matching logits (B, N), each with its own image; on a CPU 0 where not usable, unscored."""
     B, N, T = candidates.shape
     flat = candidates.flatten(0, 1)  # (B * N, T)
     wanted = torch.arange(B * N, device=flat.device)

@@ -18,8 +18,7 @@ FLOOR = math.log(1e-10)  # as in the official code p is at least 1e-10, and has 
 
 
 def masked_mean(values, valid=None, count=None):
-    """(sum of the valid values) / count: values (...) float, valid (...) bool -> scalar.
-    What is not valid may be NaN."""
+    """(sum of the valid values; the others may be NaN) / count: (...) float, (...) bool -> ()."""
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     if values.shape != valid.shape:
         raise ValueError(f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}")

@@ -251,7 +251,10 @@ class TagsDC(nn.Module):
             else:
                 initialised.append(f"{name} at random")
         self.load_state_dict(fitted, strict=False)
-        loaded = given.keys() & {*TIED, *map(official_name, fitted)}
+        loaded = given.keys() & set(map(official_name, fitted))
+        for name in given.keys() & TIED:  # a decoder of other numbers is ignored
+            if torch.is_tensor(given[name]) and torch.equal(given[name], given[WORDS]):
+                loaded.add(name)
         ignored = sorted(given.keys() - loaded)
         return {"loaded": sorted(loaded), "initialised": initialised, "ignored": ignored}
 

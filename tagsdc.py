@@ -173,8 +173,10 @@ def parse_arguments(argv=None):
     kept = DEFAULTS.keys() - OF_THIS_CALL
     saved = {}
     if given.get("resume"):
-        saved = datasets.read_json(Path(values["out"]) / "run.json")["arguments"]
-        for name in given.keys() & kept - {"device", "score_batch"}:
+        file = Path(values["out"]) / "run.json"
+        with datasets.one_line_errors(file, "begin the run anew, without --resume"):
+            saved = dict(datasets.read_json(file)["arguments"])
+        for name in given.keys() & kept - {"device", "score_batch", "probe", "save_scores"}:
             before = saved.get(name, DEFAULTS[name])  # an option may be younger than the run
             if given[name] != before:
                 parser.error(f"--resume keeps --{name.replace('_', '-')} {before}; leave it out")
@@ -194,7 +196,7 @@ def parse_arguments(argv=None):
 def check(parser, args):
     """Refuses numbers out of range, options that do not go together, probes that are not there."""
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
+        least = 0 if name in MAY_BE_ZERO else 1e-300
         most = AT_MOST.get(name, 1e12)
         if type(value) in (int, float) and not least <= value <= most:
             bound = "at least" if least == 0 else "above"
@@ -231,9 +233,9 @@ def draw_pairs(split, count, rng):
 
 
 def make_batch(data, split, captions, B, device, rng, maskings, probability):
-    """Tensors of P pairs, their captions given by index; the first B of them are the anchors. What
-    is random is drawn on the CPU, so that no size need be asked of a GPU. Returns a dict of tensors
-    on the device: input_ids (P, T), true_captions (P, C, T') of each image, features (P, R, F),
+    """Tensors of P pairs, their captions given by index; the first B of them are the anchors. All
+    is drawn on the CPU, so that no size need be asked of a GPU. Returns a dict of tensors on the
+    device: input_ids (P, T), true_captions (P, C, T') of each image, features (P, R, F),
     boxes (P, R, 7), region_mask (P, R); of the anchors masked (B, M, T), places (q,) of the masked
     words in it, flat, targets (q,), the words there; and labels (B, M, T), on the CPU, the same."""
     images = data.splits[split].image_of_caption[captions]
@@ -368,7 +370,6 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
     captions = draw_pairs(data.splits["train"], pool, rng)
     B = min(B, len(captions))
     batch = make_batch(data, "train", captions, B, device, rng, maskings, probability)
-
     # Without gradient and without dropout: which images, captions and written sentences are hard.
     retrieved = None
     written = None
@@ -387,7 +388,6 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
             if weights.keys() - {"hard", "mlm"}:  # terms that learn from written sentences
                 draws = (rng, device_rng)
                 written = write_negatives(model, images, writer, batch, tokenizer, args, *draws)
-
     # With gradient: only the true pairs and what was found hard is encoded again.
     with autocast(device, args.dtype):
         terms, seen = objective(batch, weights, retrieved, written)
@@ -452,19 +452,20 @@ def load_checkpoint(path, official=False):
     """The dictionary in a file: a checkpoint of ours or, where `official`, any other weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception:  # torch.load raises half a dozen kinds, with advice that would be unsafe
         state = None
-    if not isinstance(state, dict) or not (official or state.get("format") == FORMAT):
+    ours = isinstance(state, dict) and "arguments" in state
+    fits = state.get("format") == FORMAT if ours else official and isinstance(state, dict)
+    if not fits:
         text = f"no checkpoint of format {FORMAT}; official weights start a run with --init"
         raise InputError(f"{path}: {text}")
     return state
 
 
 def phase_plan(args):
-    """[(phase, steps, {term: weight}, peak learning rate)] of the run. A term of weight 0 drops
-    out, and its work with it; in the warm-up the masked LM, which teaches the words, weighs 1."""
+    """[(phase, steps, {term: weight above 0}, peak learning rate)]; in the warm-up mlm weighs 1."""
     shares = {name: float(share) for name, share in (phase.split("=") for phase in args.phases)}
     if args.init:
         shares.pop("warmup", None)
@@ -835,10 +836,9 @@ def make_model(args, data, source, state):
     return model
 
 
-def load_all(args, source, device):
-    """What a run works on -> data, model, and what the file `source` holds, a dict (None: {}).
-    The first process converts the region features, for hours if need be, and the others wait."""
-    state = load_checkpoint(source, official=source == args.init) if source else {}
+def load_all(args, source, state, device):
+    """What a run works on -> data, model. state: what the file `source` holds, or {} for None. The
+    first process converts the region features, for hours if need be, and the others wait."""
     inner = Path("data") / Path(args.data).stem
     elsewhere = [Path(path).parent / inner for path in (source, args.init) if path]
     tokens = state.get("tokens")
@@ -854,17 +854,19 @@ def load_all(args, source, device):
         dist.barrier()
     for note in data.notes:
         say(note)
-    return data, make_model(args, data, source, state).to(device), state
+    return data, make_model(args, data, source, state).to(device)
 
 
 def train(args, device, signals):
     """A training run from its first step or, with --resume, from its last checkpoint."""
     last = Path(args.out) / "last.pt"
     goes_on = args.resume and last.exists()
+    source = last if goes_on else args.init
+    state = load_checkpoint(source, official=not goes_on) if source else {}
     if RANK == 0 and not goes_on:
         last.unlink(missing_ok=True)  # of an earlier run, which is not to be gone on with
         write_text(last.with_name("run.json"), json.dumps({"arguments": saved_arguments(args)}))
-    data, model, state = load_all(args, last if goes_on else args.init, device)
+    data, model = load_all(args, source, state, device)
     if "train" not in data.splits:
         raise InputError(f"{args.data}: no captions of the train split to learn from")
     model.recompute = args.recompute
@@ -890,7 +892,9 @@ def run(args, signals):
     if not (args.eval or args.checkpoint):
         with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
             return train(args, device, signals)
-    data, model, state = load_all(args, args.eval or args.checkpoint, device)
+    source = args.eval or args.checkpoint
+    state = load_checkpoint(source)
+    data, model = load_all(args, source, state, device)
     if args.eval:
         return finish(args, data, model, device, state["progress"])
     asked = (final_split(data), args.query, args.image, out / "search.png")

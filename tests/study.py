@@ -61,12 +61,17 @@ def study(args):
     for images, arms in SCALES.items():
         jobs += [(arm, images, seed) for arm in arms for seed in range(args.study)]
     warmups = dict.fromkeys((images, seed) for _, images, seed in jobs)
+    if not {"warmup", "dc"} <= planned_steps(args).keys():
+        raise tagsdc.InputError("--study: --phases must have warmup and dc, and no --init")
     rows = []
+    last = [job for job in jobs if job[0] == "retrieved, as long"]  # asks how long others took
+    first = [job for job in dict.fromkeys(jobs) if job not in last]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: run_warmup(args, *job), warmups))
-        for row in pool.map(lambda job: run_arm(args, *job), jobs):
-            rows.append(row)
-            write_results(args, rows)
+        for part in (first, last):
+            for row in pool.map(lambda job: run_arm(args, *job), part):
+                rows.append(row)
+                write_results(args, rows)
     print((Path(args.out) / "study.md").read_text())
 
 
@@ -125,7 +130,7 @@ def run_once(place, options):
         done = subprocess.run(command, stdout=output, stderr=output, env=environment)
     if done.returncode:
         text = f"{place}: the run ended with {done.returncode}; see output.txt there"
-        raise tagsdc.datasets.InputError(text)
+        raise tagsdc.InputError(text)
 
 
 # ---- what they say -----------------------------------------------------------------------------
@@ -166,7 +171,8 @@ def blind_accuracy(place):
     """
     args = tagsdc.parse_arguments(["--eval", str(place / "best.pt")])
     device, args.dtype = tagsdc.choose_hardware(args)
-    data, model, _ = tagsdc.load_all(args, args.eval, device)
+    state = tagsdc.load_checkpoint(args.eval)
+    data, model = tagsdc.load_all(args, args.eval, state, device)
     torch.manual_seed(args.seed)
     blind = tagsdc.TagsDC(model.config).to(device)
     optimizer = torch.optim.AdamW(blind.parameters(), lr=1e-3)
