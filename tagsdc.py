@@ -175,7 +175,7 @@ def parse_arguments(argv=None):
     if given.get("resume"):
         file = Path(values["out"]) / "run.json"
         with datasets.one_line_errors(file, "begin the run anew, without --resume"):
-            saved = dict(datasets.read_json(file)["arguments"])
+            saved = {**datasets.read_json(file)["arguments"]}
         for name in given.keys() & kept - {"device", "score_batch", "probe", "save_scores"}:
             before = saved.get(name, DEFAULTS[name])  # an option may be younger than the run
             if given[name] != before:

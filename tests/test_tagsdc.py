@@ -361,6 +361,26 @@ def test_collapse_and_empty_negatives_are_told_once(
     assert out.count("score alike") == 1 and out.count("usable as a negative") == 1
 
 
+def test_an_init_that_cannot_be_read_leaves_the_earlier_run(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "last.pt").write_bytes(b"an earlier run's")
+    old = torch.load(world / "best.pt", weights_only=True)
+    torch.save(old | {"format": 1}, tmp_path / "old.pt")
+    for name, said in (("none.pt", "none.pt"), ("old.pt", "no checkpoint of format")):
+        options = ["--out", str(out), "--init", str(tmp_path / name)]
+        assert tagsdc.main([*SMALL, *options]) == 2
+        assert said in capsys.readouterr().err
+        assert (out / "last.pt").read_bytes() == b"an earlier run's"
+
+
+def test_a_harmed_run_json_is_told_in_one_line(tmp_path, capsys):
+    for text in ("{}", "[]", '{"arguments": []}', "{"):
+        (tmp_path / "run.json").write_text(text)
+        assert tagsdc.main(["--resume", "--out", str(tmp_path)]) == 2
+        assert "run.json" in capsys.readouterr().err
+
+
 # ---- evaluation and search ---------------------------------------------------------------------
 
 
