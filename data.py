@@ -311,8 +311,9 @@ class Data:
     def own_captions(self, split, images):
         """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
         owner = self.splits[split].image_of_caption.numpy()
-        ranges = [np.searchsorted(owner, [i, i + 1]) for i in np.asarray(images).tolist()]
-        captions = [np.arange(start, end) for start, end in ranges]
+        starts = np.searchsorted(owner, images)
+        ends = np.searchsorted(owner, images, "right")
+        captions = [np.arange(start, end) for start, end in zip(starts, ends)]
         texts = self.text(split, np.concatenate(captions)).split([len(own) for own in captions])
         return pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_id)
 
@@ -1058,11 +1059,11 @@ def write_caption(rng, scene):
 
 def five_captions(rng, scene, family):
     """Five captions that are true of no other scene of the family; None if 200 tries find fewer."""
+    others = [other for other in family if other is not scene]
     captions = []
     for _ in range(200):
         caption = write_caption(rng, scene)
-        fitting = [other for other in family if describes(caption, other)]
-        if fitting == [scene] and caption not in captions:
+        if caption not in captions and not any(describes(caption, other) for other in others):
             captions.append(caption)
         if len(captions) == 5:
             return captions
