@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from generate import parse_phrases
+from generate import parse_phrases, tag_word
 
 
 class InputError(ValueError):
@@ -311,6 +311,7 @@ class Data:
     def own_captions(self, split, images):
         """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
         owner = self.splits[split].image_of_caption.numpy()
+        images = np.asarray(images)
         starts = np.searchsorted(owner, images)
         ends = np.searchsorted(owner, images, "right")
         captions = [np.arange(start, end) for start, end in zip(starts, ends)]
@@ -818,6 +819,27 @@ def read_phrases(path):
                     found = np.concatenate([words_of_token[token] for token in phrase["tokens"]])
                     table[caption].append(np.unique(found).tolist())
     return table
+
+
+NUMBERS = "two three four five six seven eight nine ten".split()
+
+
+def content_words(caption):
+    """The telling word of each phrase -> [(position in split_words, word, form)]. A form holds what
+    can stand for each other: the kind (object, attribute, number or relation), then the ending, the
+    tag and whether "an" goes before it. Without capitals, which would tell the place."""
+    words = split_words(caption)
+    found = []
+    for kind, positions in parse_phrases(words):
+        n = positions[0] if kind == "relation" else positions[-1]
+        word = words[n]
+        tag = tag_word(word)
+        several = tag == "P" and len(positions) > 1  # in front of: no word of it can be changed
+        if word.islower() and word.isalpha() and not several:
+            kind = "number" if word in NUMBERS else kind
+            ending = re.search("(s|ing|ed)?$", word)[0]
+            found.append((n, word, (kind, ending, tag, word[0] in "aeiou")))
+    return found
 
 
 def make_tokenizer(root, splits, tokens, notes):

@@ -1,4 +1,4 @@
-"""What a model is worth: recall, the paper's analyses, altered captions, probes, pictures.
+"""What a model is worth: recall, the paper's analyses, altered captions, pictures.
 
 Letters: C captions, I images, N sentences or pairs, H negatives of a caption, T text positions.
 Every mask: True = real. All shares are in percent, and a tie counts against the model. `options`
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data as datasets
-from data import InputError, Split, describes, image_key
+from data import InputError, describes
 from model import autocast
 
 # ---- recall ------------------------------------------------------------------------------------
@@ -48,60 +48,6 @@ def fold_metrics(scores, image_of_caption, folds=5):
         owner = image_of_caption[rows] - images[0]
         results.append(retrieval_metrics(scores[rows][:, images], owner))
     return {name: sum(result[name] for result in results) / folds for name in results[0]}
-
-
-def precision_at_r(scores, right, count):
-    """mAP@R, R-Precision and R@1 of one query -> (3,). scores: (items,). right: (n,) long, those
-    positives that are among the items. R = count, all positives."""
-    own = scores[right].sort(descending=True).values
-    nth = torch.arange(1, len(right) + 1)
-    ahead = (~(scores < own[:, None])).sum(1) - (~(own < own[:, None])).sum(1)  # wrong ones
-    hit = (ahead + nth <= count).double()
-    precision = hit * nth / (ahead + nth)
-    return torch.stack([precision.sum() / count, hit.sum() / count, (ahead[0] == 0).double()])
-
-
-def eccv_metrics(scores, data, split, root):
-    """precision_at_r on the positives of ECCV Caption and CxC; {} where the files are missing.
-    scores: (C, I) of COCO's test split. root: a folder, somewhere below which they lie.
-    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
-    ids = [*Path(root).glob("**/coco_test_ids.npy")]
-    if not ids or not ids[0].with_name("original_caption_to_image.json").is_file():
-        return {}
-    folder = ids[0].parent
-    owner = data.splits[split].image_of_caption
-    images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
-    # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
-    waiting = {image: (owner == i).nonzero()[:, 0].tolist() for image, i in images.items()}
-    image_of = datasets.read_json(folder / "original_caption_to_image.json")  # {caption: [image]}
-    captions = {}
-    for caption in np.load(ids[0], allow_pickle=False).tolist():
-        own = waiting.get(str(image_of[str(caption)][0]))
-        if own:
-            captions[str(caption)] = own.pop(0)
-    result = {}
-    for name in ("eccv", "cxc"):
-        file = folder / f"{name}_image_to_caption.json"
-        result |= positives_metrics(f"{name}_tr", file, scores.T, images, captions)
-        file = folder / f"{name}_caption_to_image.json"
-        result |= positives_metrics(f"{name}_ir", file, scores, captions, images)
-    return result
-
-
-def positives_metrics(prefix, file, scores, queries, items):
-    """The means of precision_at_r over the queries of a file, {query: [positives]}."""
-    found = []
-    for query, positives in (datasets.read_json(file) if file.is_file() else {}).items():
-        positives = {str(positive) for positive in positives}
-        right = [items[positive] for positive in positives if positive in items]
-        if query in queries and right:  # R counts all positives, as in the official code
-            right = torch.tensor(right)
-            found.append(precision_at_r(scores[queries[query]], right, len(positives)))
-    if not found:
-        return {}
-    values = [*(100 * torch.stack(found).mean(0)).tolist(), len(found)]
-    measures = ("map_at_r", "rprecision", "r1", "queries")
-    return {f"{prefix}_{measure}": value for measure, value in zip(measures, values)}
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -163,15 +109,18 @@ def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float
     found = []
     with inference(model, device, dtype):
         for text, columns in zip(ids.to(device).split(score_batch), images.split(score_batch)):
-            features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
-            hidden = model(text, features, boxes, text != tokenizer.pad_id, region_mask)
+            texts = model.prepare_text(text, text != tokenizer.pad_id)
+            pictures = model.prepare_regions(*(x.to(device) for x in data.image(split, columns)))
+            pairs = torch.arange(len(text), device=device)
+            hidden = model.encode_pairs(texts, pairs, pictures, pairs)
             words = hidden[:, : ids.size(1)]
+            logits = model.match(hidden) + model.similarity(texts, pairs, pictures, pairs)
             replaced, original = model.discriminate(words).float().unbind(-1)
             suspicion = (replaced - original).nan_to_num()
             suspicion = suspicion.masked_fill(torch.isin(text, no_words), -math.inf)
             # All words at once times a large vocabulary would fill the memory.
             corrections = [model.correct(part).argmax(-1) for part in words.split(16)]
-            judged = (model.match(hidden).float(), suspicion, torch.cat(corrections))
+            judged = (logits.float(), suspicion, torch.cat(corrections))
             found.append([part.cpu() for part in judged])
     return [torch.cat(parts) for parts in zip(*found)]
 
@@ -254,33 +203,68 @@ def example_metrics(model, data, split, examples, **options):
 
 
 def altered_captions(data, split, seed=0):
-    """Captions of scenes with one word changed for another of its kind, so that they are false by
-    the oracle; each once for every kind of word in it, where that can be done.
+    """Captions with one word changed for another of its kind, so that they are false; each once for
+    every kind of word in it, where that can be done.
     Returns captions (N,) long, ascending, texts [N] and the kinds [N] of the changed words."""
     content = data.splits[split]
+    forms = None if content.scenes else training_words(data.splits.get("train", content))
     altered = {}  # {(caption, kind): text}
-    for c, caption in enumerate(content.captions):
-        scene = content.scenes[content.image_of_caption[c]]
+    for c in range(len(content.captions)):
         rng = random.Random(f"{seed} {c}")
-        words = caption.split()
-        for kind, own in datasets.KINDS.items():
-            false = []
-            for n, word in enumerate(words):
-                for other in own if word in own else ():
-                    text = " ".join([*words[:n], other, *words[n + 1 :]])
-                    if describes(text, scene) is False:
-                        false.append(text)
-            if false:
-                altered[c, kind] = rng.choice(false)
+        found = alter_photograph(content, c, rng, forms) if forms else alter_scene(content, c, rng)
+        altered |= {(c, kind): text for kind, text in found.items()}
     captions = torch.tensor([c for c, _ in altered], dtype=torch.long)
     return captions, [*altered.values()], [kind for _, kind in altered]
+
+
+def alter_scene(content, c, rng):
+    """One caption -> {kind: text that is false by the oracle}."""
+    scene = content.scenes[content.image_of_caption[c]]
+    words = content.captions[c].split()
+    altered = {}
+    for kind, own in datasets.KINDS.items():
+        false = []
+        for n, word in enumerate(words):
+            for other in own if word in own else ():
+                text = " ".join([*words[:n], other, *words[n + 1 :]])
+                if describes(text, scene) is False:
+                    false.append(text)
+        if false:
+            altered[kind] = rng.choice(false)
+    return altered
+
+
+def alter_photograph(content, c, rng, forms):
+    """The same without an oracle: a word that stands in no caption of the image is taken for false.
+    It is drawn from those of the same form, as often as training has it."""
+    same = (content.image_of_caption == content.image_of_caption[c]).nonzero()[:, 0]
+    own = datasets.split_words(" ".join(content.captions[n] for n in same).lower())
+    words = datasets.split_words(content.captions[c])
+    altered = {}
+    found = datasets.content_words(content.captions[c])
+    for n, word, form in rng.sample(found, len(found)):
+        drawn = [rng.choice(forms.get(form, [word])) for _ in range(20)]
+        false = [other for other in drawn if other not in own]
+        if false:
+            altered[form[0]] = " ".join([*words[:n], false[0], *words[n + 1 :]])
+    return altered
+
+
+def training_words(content):
+    """The content words of a split -> {form: [every occurrence]}."""
+    forms = {}
+    for caption in content.captions:
+        for _, word, form in datasets.content_words(caption):
+            forms.setdefault(form, []).append(word)
+    return forms
 
 
 def altered_metrics(model, data, split, scores, seed=0, **options):
     """Of altered_captions. scores: (C, I) of the split.
     one_word_wrong, and by kind one_word_wrong_colour, ...: captions that score above their altered
-    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not.
-    altered_tr_r1: text R@1 with all altered captions of an image in its gallery (RoCOCO)."""
+    version. oversensitivity: true paraphrases ("B right of A" for "A left of B", scenes alone) that
+    do not. altered_tr_r1: text R@1 with the altered captions of an image in its gallery (RoCOCO).
+    """
     content = data.splits[split]
     captions, texts, kinds = altered_captions(data, split, seed)
     images = content.image_of_caption[captions]
@@ -289,79 +273,16 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     metrics = {"one_word_wrong": share(won)}
     for kind in sorted(set(kinds)):
         metrics[f"one_word_wrong_{kind}"] = share(won[[other == kind for other in kinds]])
-    told = [datasets.paraphrase(content.captions[c]) for c in captions]
-    kept = [n for n, text in enumerate(told) if text]
-    told = [told[n] for n in kept]
-    right = score_sentences(model, data, split, told, images[kept], **options)
-    metrics["oversensitivity"] = share(~(right > wrong[kept]))
-    rivals = torch.full((len(texts), scores.size(1)), -math.inf)  # (N, I)
-    rivals[torch.arange(len(texts)), images] = wrong
-    owner = torch.cat((content.image_of_caption, torch.full_like(captions, -1)))
-    found = retrieval_metrics(torch.cat((scores, rivals)), owner)
-    metrics["altered_tr_r1"] = found["tr_r1"]
-    return metrics
-
-
-# ---- published probes --------------------------------------------------------------------------
-
-
-def run_probe(path, model, data, split, **options):
-    """One fine-grained test on those of its images that have features.
-    SugarCrepe and VALSE's FOIL: "pairwise", the share of true captions that score above their false
-    ones, and word_metrics of the "same_length" items whose texts have as many word pieces.
-    RoCOCO: text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery.
-    All: "items" used, "total", "held_out" (with an image of this split), after the file's name."""
-    items = read_probe(path)
-    row_of = {image_key(name): row for row, name in enumerate(data.regions.names)}
-    rows = []
-    texts = []
-    owner = []  # of each text its number in rows; a false caption has none
-    for name, true, false in items:
-        if image_key(name) in row_of:
-            owner += [len(rows)] * len(true) + [-1] * len(false)
-            texts += true + false
-            rows.append(row_of[image_key(name)])
-    held_out = np.isin(rows, data.splits[split].rows).sum()
-    result = {"items": len(rows), "total": len(items), "held_out": int(held_out)}
-    owner = torch.tensor(owner)
-    own = dataclasses.replace(data, splits={"probe": Split(rows, np.array(rows), texts, owner)})
-    if len(texts) > 2 * len(rows):  # not pairs: RoCOCO
-        scores = score_matrix(model, own, "probe", **options)
-        for prefix, used in (("", owner >= 0), ("altered_", owner >= -1)):
-            metrics = retrieval_metrics(scores[used], owner[used])
-            result |= {f"{prefix}{name}": metrics[name] for name in ("tr_r1", "tr_r5", "tr_r10")}
-    elif rows:
-        ids = own.text("probe", torch.arange(len(texts)))  # true and false in turn
-        images = torch.arange(len(texts)) // 2
-        logits, suspicion, corrections = judge_words(model, own, "probe", ids, images, **options)
-        result["pairwise"] = share(logits[::2] > logits[1::2])
-        real = ids != data.tokenizer.pad_id
-        same = (real[::2] == real[1::2]).all(1).nonzero()[:, 0]
-        result["same_length"] = len(same)
-        wrong = 2 * same + 1
-        if len(wrong):
-            result |= word_metrics(suspicion[wrong], corrections[wrong], ids[wrong], ids[wrong - 1])
-    return {f"{Path(path).stem}_{name}": value for name, value in result.items()}
-
-
-def read_probe(path):
-    """A probe's file, known by its fields -> [(image's name, true captions, false captions)]."""
-    items = datasets.read_json(path)
-    found = []
-    with datasets.one_line_errors(path, "a file of SugarCrepe, VALSE's FOIL or RoCOCO is expected"):
-        for item in items.values() if isinstance(items, dict) else items:
-            name = item.get("image") or item.get("filename") or item["image_file"]
-            true = item["caption"]
-            if isinstance(true, list):
-                true, false = true[:-5], true[-5:]
-            else:
-                true, false = [true], [item.get("foil") or item["negative_caption"]]
-            if not true or not all(isinstance(t, str) and t for t in (name, *true, *false)):
-                raise ValueError(f"the item of {name} lacks a text")
-            found.append((name, true, false))
-        if not found:
-            raise ValueError("it is empty")
-    return found
+    if content.scenes:
+        told = [datasets.paraphrase(content.captions[c]) for c in captions]
+        kept = [n for n, text in enumerate(told) if text]
+        told = [told[n] for n in kept]
+        right = score_sentences(model, data, split, told, images[kept], **options)
+        metrics["oversensitivity"] = share(~(right > wrong[kept]))
+    own = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
+    best = scores.where(own, -math.inf).amax(0)  # (I,)
+    rival = scores.where(~own, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
+    return metrics | {"altered_tr_r1": share(best > rival)}
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -372,17 +293,28 @@ RULE = (220, 222, 226)
 ORANGE, GREEN = (204, 80, 0), (0, 130, 80)
 
 
-def draw_rows(path, scenes, rows):
-    """rows: [(number of a scene or None, [(label, text or [(word, colour)])])], one below the
-    other, with a thin rule between them. scenes: None of photographs, which are not drawn."""
+def draw_image(data, split, number):
+    """A scene, or where the regions of a photograph lie, 168 x 168."""
+    content = data.splits[split]
+    if content.scenes:
+        return datasets.draw(content.scenes[number]).resize((168, 168))
+    sheet = Image.new("RGB", (168, 168), RULE)
+    _, boxes, _ = data.image(split, [number])
+    for n, box in enumerate(167 * boxes[0, :, :4]):
+        ImageDraw.Draw(sheet).rectangle(box.tolist(), outline=(INK, ORANGE, GREEN, GREY)[n % 4])
+    return sheet
+
+
+def draw_rows(path, data, split, rows):
+    """rows: [(number of an image or None, [(label, text or [(word, colour)])])], one below the
+    other, with a thin rule between them."""
     sheet = Image.new("RGB", (WIDTH, 1500 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     top = 0
     for number, lines in rows:
         y = top + 16
-        shown = scenes and number is not None
-        if shown:
-            sheet.paste(datasets.draw(scenes[number]).resize((168, 168)), (16, y))
+        if number is not None:
+            sheet.paste(draw_image(data, split, number), (16, y))
         for label, words in lines:
             pen.text((204, y + 3), label, GREY, font_size=15)
             words = [(word, INK) for word in words.split()] if isinstance(words, str) else words
@@ -394,7 +326,7 @@ def draw_rows(path, scenes, rows):
                 pen.text((x, y), word, colour, font_size=18)
                 x += width + 6
             y += 28
-        top = max(y, top + 192 if shown else 0) + 10
+        top = max(y, top + 192 if number is not None else 0) + 10
         pen.line((0, top - 1, WIDTH, top - 1), RULE)
     sheet.crop((0, 0, WIDTH, top)).save(path)
 
@@ -425,25 +357,21 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
                     words.append((f"({tokens[corrections[t]]})", GREEN))
             lines.append((f"generated  {logit.sigmoid():.2f}", words))
         rows.append((image, lines))
-    draw_rows(path, content.scenes, rows)
+    draw_rows(path, data, split, rows)
 
 
 # ---- all together ------------------------------------------------------------------------------
 
 
-def report(model, data, split, scores, examples, seed=0, root=None, **options):
+def report(model, data, split, scores, examples, seed=0, **options):
     """Everything measured on a split -> {metric: value}. scores: (C, I) of the whole split.
-    examples: as for example_metrics. root: a folder with the files of eccv_metrics, or None."""
+    examples: as for example_metrics."""
     owner = data.splits[split].image_of_caption
     metrics = retrieval_metrics(scores, owner)
     if data.name == "coco" and scores.size(1) == 5000:
         metrics |= {f"1k_{name}": value for name, value in fold_metrics(scores, owner).items()}
-    if root:
-        with datasets.one_line_errors(root, "its files of ECCV Caption must be whole"):
-            metrics |= eccv_metrics(scores, data, split, root)
     metrics |= example_metrics(model, data, split, examples, **options)
-    if data.splits[split].scenes:
-        metrics |= altered_metrics(model, data, split, scores, seed, **options)
+    metrics |= altered_metrics(model, data, split, scores, seed, **options)
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
@@ -476,7 +404,7 @@ def search(model, data, split, query, image, path, **options):
     best = scores.topk(min(6, len(scores))).indices.tolist()
     for i in best:
         rows.append((i if query else None, [(f"{scores[i]:.2f}", names[i])]))
-    draw_rows(path, content.scenes, rows)
+    draw_rows(path, data, split, rows)
     return [(scores[i].item(), names[i]) for i in best]
 
 

@@ -43,6 +43,13 @@ def matching_loss(logits, matches, valid=None, count=None):
     return masked_mean(cost, valid, count)
 
 
+def contrastive_loss(logits):
+    """Image-text contrast (ITC of ALBEF, InfoNCE): -log softmax of the true pairs over their rows,
+    and over their columns, means of both added. logits: (P, P) float, true on the diagonal."""
+    own = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits.float(), own) + F.cross_entropy(logits.float().T, own)
+
+
 def masked_lm_loss(logits, labels, count=None):
     """L_mlm (3.3): mean of -log p(original word) over the masked positions.
     logits: (..., V) float, of all positions or of the masked alone. labels: (...) integers."""
@@ -100,6 +107,8 @@ class Objective(torch.nn.Module):
         images = self.model.prepare_regions(batch["features"], batch["boxes"], batch["region_mask"])
         terms = {}
         diagnostics = {}
+        if "itc" in weights:
+            terms["itc"] = contrastive_loss(texts.mean @ images.mean.T)
         if "itm" in weights:
             terms["itm"] = self.matching(texts, images, batch)
         if "hard" in weights:
@@ -159,9 +168,11 @@ class Objective(torch.nn.Module):
         text_mask = flat != self.pad_id
         labels = labels.flatten(0, 1)
         row = torch.arange(B * H, device=flat.device)
-        hidden = self.model.encode_pairs(self.prepare(flat), row, images, row // H)
+        texts = self.prepare(flat)
+        hidden = self.model.encode_pairs(texts, row, images, row // H)
         words = hidden[:, :T]
-        scores = self.model.match(hidden).sigmoid().view(B, H)
+        logits = self.model.match(hidden) + self.model.similarity(texts, row, images, row // H)
+        scores = logits.sigmoid().view(B, H)
         mean_score = masked_mean(scores, valid, joint_count(valid))
         terms = {}
         if "tags" in weights:

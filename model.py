@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's epsilon
+TEMPERATURE = 0.1  # of the similarity; a learnt one falls to 0.03 and overfits
 PRESETS = {
+    "flat": dict(hidden=256, layers=2, heads=4, intermediate=1024, max_positions=64),
     "tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
     "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
     "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
@@ -36,6 +38,7 @@ class Config:
     intermediate: int = 3072  # width of the feed-forward part
     max_positions: int = 512  # longest text
     dropout: float = 0.1
+    similarity: bool = False  # added to the matching logits, see TagsDC.similarity
 
     @classmethod
     def preset(cls, name, **changes):
@@ -144,6 +147,7 @@ class Prepared:
     states: torch.Tensor  # (A, L, D) embeddings
     qkv: torch.Tensor  # (A, L, 3D) query, key and value of the first layer
     mask: torch.Tensor  # (A, L) bool
+    mean: torch.Tensor  # (A, D) of the real embeddings; a text's times an image's: similarity
     padded: bool  # False: the mask is True everywhere
 
 
@@ -183,7 +187,10 @@ class TagsDC(nn.Module):
 
     def prepare_regions(self, features, boxes, region_mask=None):
         """The same for images: (I, R, F) and (I, R, 7) -> Prepared."""
-        return prepared(self, self.region(features, boxes, self.token_type.weight[1]), region_mask)
+        states = self.region(features, boxes, self.token_type.weight[1])
+        area = boxes[..., 6]  # (I, R)
+        largest = area == area.amax(1, keepdim=True)  # which is often the whole picture
+        return prepared(self, states, region_mask, largest)
 
     def encode_pairs(self, texts, text_index, images, image_index, last=None):
         """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D).
@@ -206,8 +213,16 @@ class TagsDC(nn.Module):
         return x
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
-        """match(encode_pairs(...)) for less work, `batch` pairs in one pass -> (N,) logits."""
+        """match(encode_pairs(...)) + similarity(...) for less work, `batch` pairs in one pass ->
+        (N,) logits."""
         return fast_scores(self, texts, text_index, images, image_index, batch)
+
+    def similarity(self, texts, text_index, images, image_index):
+        """What can be said of the pairs without the encoder, which is most where data are few:
+        cosine of the mean embeddings / TEMPERATURE -> (N,), or 0 if the config has none."""
+        if not self.config.similarity:
+            return 0.0
+        return (texts.mean[text_index] * images.mean[image_index]).sum(-1)
 
     def encode_places(self, texts, text_index, images, image_index, places):
         """encode_pairs(...)[:, :T].flatten(0, 1)[places] for less work: (q,) long -> (q, D)."""
@@ -375,11 +390,14 @@ def attend(q, k, v, mask, dropout):
     return weights.to(v.dtype) @ v
 
 
-def prepared(model, states, mask):
-    """Embeddings (A, L, D) with query, key and value of the first layer, once. Gain: 1.06."""
+def prepared(model, states, mask, largest=0.0):
+    """Embeddings (A, L, D) with query, key and value of the first layer, once. Gain: 1.06.
+    largest: (A, L), of regions: counts in the mean as much as all regions together."""
     qkv = torch.cat([part(states) for part in model.layers[0].attention.values()], -1)
-    every = torch.ones_like(states[..., 0], dtype=torch.bool)
-    return Prepared(states, qkv, every if mask is None else mask, mask is not None)
+    real = torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask
+    weight = real * (largest + 1 / real.sum(1, keepdim=True).clamp(min=1))  # (A, L)
+    mean = F.normalize((states * weight[..., None]).sum(1), dim=-1) * TEMPERATURE**-0.5
+    return Prepared(states, qkv, real, mean, mask is not None)
 
 
 def places_alone(layer, places, x, mask, qkv=None):
@@ -436,5 +454,6 @@ def fast_scores(model, texts, text_index, images, image_index, batch):
             padded = not real.all()
         first = F.embedding(rows, qkv).chunk(3, -1)
         cls = model.encode(F.embedding(rows, states), real if padded else None, first, last)
-        logits.append(model.match(cls))
+        similarity = model.similarity(texts, text_index[pairs], images, image_index[pairs])
+        logits.append(model.match(cls) + similarity)
     return torch.cat(logits)[order.argsort()]

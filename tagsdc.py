@@ -37,6 +37,7 @@ from model import PRESETS, Config, TagsDC, autocast, fast_dtype
 # negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
 PHASES = {"warmup": "warmup_lr", "tags": "lr", "dc": "dc_lr"}  # and the options of their rates
 TERMS = {  # of the objective: (phases, default weight, help of its --lambda); see losses.Objective
+    "itc": ("warmup", 0.0, "weight of the contrast of embeddings in the warm-up"),
     "itm": ("warmup", 1.0, "weight of matching in the warm-up"),
     "hard": ("tags dc", 1.0, "weight of the triplet loss of retrieved negatives (paper: 1)"),
     "mlm": ("warmup tags dc", 0.2, "weight of masked LM (paper: 0.01 to 0.1); warm-up: 1"),
@@ -67,13 +68,14 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("dropout", 0.0, "paper: 0.1"),
     ],
     "training": [
-        ("recipe", None, "a schedule of the official release, in place of these defaults"),
+        ("recipe", None, "a schedule, the release's or for photographs, for these defaults"),
         ("steps", 3250, "optimiser steps in all; the phases share them"),
         ("phases", ["warmup=10", "dc=3"], "phases (warmup, tags, dc) and their shares of --steps"),
         ("batch-size", 16, "anchor pairs a step (paper: 32 on each of 8 GPUs)"),
         ("warmup-batch-size", 32, "pairs a step of the warm-up"),
+        ("contrast-pool", 256, "pairs whose embeddings the warm-up contrasts (--lambda-itc)"),
         ("wrong-partners", 7, "pairs among which the warm-up draws a hard wrong one"),
-        ("words-first", 0.8, "share of the warm-up that learns words (MLM) alone"),
+        ("words-first", 0.8, "share of the warm-up before matching: words (and contrast) alone"),
         ("mask-probability", 0.15, "of a phrase, for the negatives"),
         ("warmup-mask-probability", 0.3, "of a phrase, in the warm-up"),
         ("accumulate", 1, "batches whose gradients make one optimiser step"),
@@ -129,6 +131,10 @@ RECIPES = {
     "flickr-large-1": STAGE_1 | LARGE,
     "flickr-large-2": STAGE_2 | LARGE | dict(steps=1500),
 }
+# From nothing on some thousand photographs, see "Photographs from scratch" in the README.
+PHOTOS = dict(size="flat", dropout=0.25, lambda_itc=1.0, warmup_lr=2e-3, warmup_batch_size=64)
+PHOTOS |= dict(steps=2300, phases=["warmup=1900", "dc=400"], words_first=0.79, validations=1)
+RECIPES["scratch-photos"] = PHOTOS | dict(pool=32, dc_lr=3e-4)
 QUICK = dict(scenes=[400, 50, 50], steps=120, phases=["warmup=2", "tags=1", "dc=1"])
 QUICK |= dict(warmup_batch_size=16, analyse_images=30, log_every=20)
 CHOICES = {"size": PRESETS, "recipe": RECIPES, "writer-sees": ("own", "other")}
@@ -262,8 +268,9 @@ def draw_wrong_partners(model, texts, images, batch, count, rng):
     """For each pair another one's image and caption, to tell from its own: among the `count` pairs
     behind (images) or before (captions) it, the likelier the higher they score, as in ALBEF.
     Returns wrong_images, wrong_texts and wrong_valid (B,), False where they are true."""
-    ids = batch["input_ids"]  # (B, T)
-    B = len(ids)
+    B = len(batch["masked"])
+    ids = batch["input_ids"][:B]  # (B, T)
+    true = batch["true_captions"][:B]
     row = torch.arange(B, device=ids.device)
     step = torch.arange(1, max(min(count, B - 1), 1) + 1, device=ids.device)  # (K,)
     behind = (row[:, None] + step) % B  # (B, K)
@@ -271,7 +278,7 @@ def draw_wrong_partners(model, texts, images, batch, count, rng):
     K = len(step)
     # Caption b with the image k steps behind it; so image b with the caption k steps before it.
     scores = model.score_pairs(texts, row.repeat_interleave(K), images, behind.flatten()).view(B, K)
-    false_texts = ~generate.is_true(ids[before], batch["true_captions"])  # (B, K)
+    false_texts = ~generate.is_true(ids[before], true)  # (B, K)
     false_images = false_texts[behind, step - 1]
     image = draw_by_score(scores, false_images, rng)
     text = draw_by_score(scores[before, step - 1], false_texts, rng)
@@ -366,6 +373,8 @@ def training_step(objective, data, args, weights, rng, device_rng, device, write
     if "hard" not in weights:
         shape = (args.warmup_batch_size, args.warmup_batch_size, 1, args.warmup_mask_probability)
     pool, B, maskings, probability = shape
+    if "itc" in weights:
+        pool = max(args.contrast_pool, B)
     # A pool of pairs, the first of which are the anchors that the step learns from.
     captions = draw_pairs(data.splits["train"], pool, rng)
     B = min(B, len(captions))
@@ -572,7 +581,7 @@ class Trainer:
         step = progress.step
         length = words_alone
         if step < words_alone:
-            weights = {"mlm": weights["mlm"]}
+            weights = {term: weight for term, weight in weights.items() if term != "itm"}
         else:
             step -= words_alone
             length = steps - words_alone
@@ -766,7 +775,7 @@ def test_report(model, data, args, device):
     scores, _ = scores_of(model, data, split, args, device)
     examples = tailored_examples(model, data, split, args, device, args.analyse_images)
     options = scoring(args, device)
-    metrics = evaluate.report(model, data, split, scores, examples, args.seed, args.root, **options)
+    metrics = evaluate.report(model, data, split, scores, examples, args.seed, **options)
     return metrics, scores, examples
 
 
@@ -779,8 +788,8 @@ def finish(args, data, model, device, progress):
     metrics, scores, examples = test_report(model, data, args, device)
     if RANK > 0:
         return
-    for path in args.probe:
-        metrics |= evaluate.run_probe(path, model, data, split, **options)
+    published = script("probes.py")["published_metrics"]
+    metrics |= published(args.probe, args.root, model, data, split, scores, **options)
     say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions")
     say("\n".join(evaluate.table(metrics, progress["warmup"] or {})))
     if args.save_scores:
@@ -816,7 +825,8 @@ def make_model(args, data, source, state):
     """The network: as the file `source` holds it, ours or official weights; None: a fresh one."""
     sizes = {"vocab_size": len(data.tokenizer.tokens), "feature_size": data.regions.feature_size}
     if source is None:
-        return TagsDC(Config.preset(args.size, dropout=args.dropout, **sizes))
+        sizes |= {"similarity": args.lambda_itc > 0, "dropout": args.dropout}
+        return TagsDC(Config.preset(args.size, **sizes))
     with datasets.one_line_errors(source, "weights, vocab.txt and features must belong together"):
         if "config" in state:
             config = Config(**state["config"] | {"dropout": args.dropout})
@@ -877,11 +887,15 @@ def train(args, device, signals):
     finish(args, data, model, device, vars(trainer.progress))
 
 
+def script(name):
+    """The functions of a file in tests/: {name: function}."""
+    return runpy.run_path(str(Path(__file__).parent / "tests" / name))
+
+
 def run(args, signals):
     """Trains, evaluates, searches or compares."""
     if args.study:  # which runs this command many times
-        script = runpy.run_path(str(Path(__file__).parent / "tests" / "study.py"))
-        return script["study"](args)
+        return script("study.py")["study"](args)
     device, args.dtype = choose_hardware(args)
     if WORLD_SIZE > 1:
         waiting = 8 * dist.constants.default_pg_timeout

@@ -140,8 +140,8 @@ def seconds_of(place):
     return json.loads((place / "metrics.json").read_text())["seconds"]
 
 
-def measures_of(place):
-    """{measure: value} of a finished run."""
+def measures_of(place, blind=True):
+    """{measure: value} of a finished run. blind: with blind_accuracy, which takes minutes."""
     found = json.loads((place / "metrics.json").read_text())["test"]
     found["seconds"] = seconds_of(place)
     with open(place / "log.csv") as file:
@@ -151,7 +151,7 @@ def measures_of(place):
             found |= {f"{name}_early": float(log[0][name]), f"{name}_late": float(log[-1][name])}
     if "wod" not in log[0]:  # heads that were not trained say nothing
         found = {name: value for name, value in found.items() if not name.startswith("wo")}
-    if "synthetic" in log[0]:
+    if blind and "synthetic" in log[0]:
         found["blind_accuracy"] = remembered(place / "blind.txt", lambda: blind_accuracy(place))
     return found
 

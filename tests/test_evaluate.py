@@ -12,6 +12,7 @@ from PIL import Image
 
 import data as datasets
 import evaluate
+import probes
 from model import Config, TagsDC
 
 GOLDEN = Path(__file__).parent / "golden" / "public_metrics.npz"
@@ -368,6 +369,40 @@ def test_altered_captions_are_one_word_off_and_wrong(world):
     assert again[1] == texts and evaluate.altered_captions(world, "test", seed=2)[1] != texts
 
 
+def test_altered_captions_of_photographs_have_a_word_of_the_same_form_that_is_in_no_caption(world):
+    photographs = without_scenes(world)
+    content = photographs.splits["test"]
+    captions, texts, kinds = evaluate.altered_captions(photographs, "test", seed=1)
+    assert captions.tolist() == sorted(captions.tolist()) and len(set(captions.tolist())) > 40
+    assert len(set(zip(captions.tolist(), kinds))) == len(kinds)
+    assert {"object", "attribute"} <= set(kinds) <= {"object", "attribute", "number", "relation"}
+    known = {word for text in photographs.splits["train"].captions for word in text.split()}
+    for c, text, kind in zip(captions.tolist(), texts, kinds):
+        pairs = [*zip(text.split(), content.captions[c].split(), strict=True)]
+        ((new, old),) = [(new, old) for new, old in pairs if new != old]
+        image = c // 5
+        assert new in known and new not in " ".join(content.captions[5 * image : 5 * image + 5])
+        forms = [datasets.content_words(caption) for caption in (text, content.captions[c])]
+        (new_form,) = [form for _, word, form in forms[0] if word == new]
+        assert new_form in [form for _, word, form in forms[1] if word == old]
+        assert new_form[0] == kind
+    assert evaluate.altered_captions(photographs, "test", seed=1)[1] == texts
+    assert evaluate.altered_captions(photographs, "test", seed=2)[1] != texts
+
+
+def test_content_words_are_the_telling_ones_and_of_one_form_if_they_can_stand_for_each_other():
+    found = datasets.content_words("Two brown dogs run in front of an old fire hydrant")
+    assert [word for _, word, _ in found] == ["brown", "dogs", "run", "old", "hydrant"]
+
+    def form(caption):
+        return datasets.content_words(caption)[-1][2]
+
+    assert form("a red dog") == form("a blue cat") != form("a blue owl")
+    assert form("a man sees two dogs") != form("a man sees a dog")
+    (_, _, three), *_ = datasets.content_words("the three dogs")
+    assert three[0] == "number"
+
+
 def alone(model, world, text, image):
     return evaluate.score_sentences(model, world, "test", [text], torch.tensor([image])).item()
 
@@ -451,7 +486,7 @@ def test_altered_captions_are_only_in_the_way(world, model, scores, altered, mon
 
 def probe(tmp_path, world, model, content, name="some_probe"):
     (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    result = evaluate.run_probe(tmp_path / f"{name}.json", model, world, "test")
+    result = probes.run_probe(tmp_path / f"{name}.json", model, world, "test")
     assert all(key.startswith(f"{name}_") for key in result)
     return {key.removeprefix(f"{name}_"): value for key, value in result.items()}
 
@@ -531,10 +566,10 @@ def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model, sco
 def test_other_files_are_refused_in_one_line(tmp_path, world, model, content):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(datasets.InputError, match="odd.json") as fault:
-        evaluate.run_probe(tmp_path / "odd.json", model, world, "test")
+        probes.run_probe(tmp_path / "odd.json", model, world, "test")
     assert "\n" not in str(fault.value)
     with pytest.raises(datasets.InputError, match="missing.json"):
-        evaluate.run_probe(tmp_path / "missing.json", model, world, "test")
+        probes.run_probe(tmp_path / "missing.json", model, world, "test")
 
 
 # ---- more positives
@@ -555,7 +590,7 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     regions = type("Regions", (), {"feature_size": 1})
     world = datasets.Data("coco", None, regions, {"test": split})
     scores = torch.randint(0, 6, (8, 4), generator=generator).float()
-    assert evaluate.eccv_metrics(scores, world, "test", tmp_path) == {}
+    assert probes.eccv_metrics(scores, world, "test", tmp_path) == {}
     caption_ids, image_ids = [11, 5, 17, 99, 20, 21, 30, 31], [391895, 7, 42, 180]
     left_out = [1000, 1001]  # of an image that is not in this split, in the middle
     folder = tmp_path / "somewhere"
@@ -573,7 +608,7 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     }
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
-    result = evaluate.eccv_metrics(scores, world, "test", tmp_path)
+    result = probes.eccv_metrics(scores, world, "test", tmp_path)
     expected = {
         "eccv_tr": [(scores[:, 0], {0, 1, 2}, 4), (scores[:, 2], {4, 5, 7}, 3)],
         "eccv_ir": [(scores[0], {0, 1}, 2), (scores[7], {1, 2, 3}, 3)],
@@ -589,11 +624,11 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
 
 def test_precision_by_hand():
     line, right = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]), torch.tensor([0, 2, 4])
-    values = evaluate.precision_at_r(line, right, 3).tolist()
+    values = probes.precision_at_r(line, right, 3).tolist()
     assert values == pytest.approx([(1 + 2 / 3) / 3, 2 / 3, 1.0])
-    values = evaluate.precision_at_r(torch.zeros(5), right, 3).tolist()
+    values = probes.precision_at_r(torch.zeros(5), right, 3).tolist()
     assert values == pytest.approx([1 / 9, 1 / 3, 0.0])  # wrong ones first
-    values = evaluate.precision_at_r(line, right[:2], 4).tolist()
+    values = probes.precision_at_r(line, right[:2], 4).tolist()
     assert values == pytest.approx([(1 + 2 / 3) / 4, 2 / 4, 1.0])
 
 
@@ -620,9 +655,12 @@ def test_negatives_are_drawn(tmp_path, world, model, scores, altered):
     data = dataclasses.replace(world, splits={"test": long})
     evaluate.draw_negatives(path, model, data, "test", scores, examples)
     assert Image.open(path).size[1] > 6 * 192
-    # Of photographs there is no picture to show.
+    # Of photographs the boxes of their regions are shown.
     evaluate.draw_negatives(path, model, without_scenes(world), "test", scores, examples)
-    assert Image.open(path).size[1] < 6 * 168
+    sheet = Image.open(path)
+    assert sheet.size[1] >= 6 * 192
+    left = {colour for _, colour in sheet.crop((16, 0, 184, sheet.size[1])).getcolors(1 << 20)}
+    assert {evaluate.RULE, evaluate.INK, evaluate.ORANGE} <= left
 
 
 def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered, monkeypatch):
@@ -631,7 +669,7 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     some = [part[::3] for part in altered]
     monkeypatch.setattr(evaluate, "altered_captions", lambda *_: some)
     arguments = (model, world, "test", scores, examples)
-    metrics = evaluate.report(*arguments, seed=0, root=tmp_path, score_batch=64)
+    metrics = evaluate.report(*arguments, seed=0, score_batch=64)
     wanted = "tr_r1 rsum synthetic_score fair_negatives true_negatives ungrammatical_negatives"
     wanted += " wod_auc wod_most_suspicious woc_accuracy sentences_repaired one_word_wrong"
     wanted += " one_word_wrong_colour oversensitivity altered_tr_r1"
@@ -644,8 +682,8 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     assert any("rsum" in line and "12.3" in line for line in lines)
     assert "warm-up" not in evaluate.table(metrics, {})[0]
     photographs = evaluate.report(model, without_scenes(world), "test", scores, examples)
-    assert not {"fair_negatives", "oversensitivity", "one_word_wrong"} & photographs.keys()
-    assert "sentences_repaired" in photographs
+    assert not {"fair_negatives", "oversensitivity"} & photographs.keys()
+    assert {"sentences_repaired", "one_word_wrong", "altered_tr_r1"} <= photographs.keys()
 
 
 def test_search_finds_what_the_scores_say(tmp_path, world, model, scores):

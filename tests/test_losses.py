@@ -97,6 +97,29 @@ def test_matching_loss_and_its_gradient_by_hand():
     assert logits.grad.tolist() == approx([(0.25 - 1) / 2, 0.5 / 2])
 
 
+# ---- contrast
+
+
+def test_contrast_and_its_gradient_by_hand():
+    """Two pairs: each row and each column is a choice among two; gradient (p - own) / 2, twice."""
+    logits = leaf([[1.0, 3.0], [0.0, 2.0]])
+    loss = losses.contrastive_loss(logits)
+    chance = lambda x: 1 / (1 + math.exp(-x))  # of the first of two that differ by x
+    rows = [chance(1 - 3), chance(2 - 0)]
+    columns = [chance(1 - 0), chance(2 - 3)]
+    expected = -sum(math.log(p) for p in rows) / 2 - sum(math.log(p) for p in columns) / 2
+    assert loss.item() == approx(expected, 1e-5)
+    loss.backward()
+    own = [(rows[n] - 1) / 2 + (columns[n] - 1) / 2 for n in (0, 1)]
+    other = [(1 - rows[0]) / 2 + (1 - columns[1]) / 2, (1 - rows[1]) / 2 + (1 - columns[0]) / 2]
+    found = logits.grad.flatten().tolist()
+    assert found == approx([own[0], other[0], other[1], own[1]], 1e-5)
+
+
+def test_contrast_of_a_single_pair_is_nothing():
+    assert losses.contrastive_loss(torch.tensor([[3.0]])).item() == 0
+
+
 # ---- masked words
 
 
@@ -363,8 +386,11 @@ class Toy(torch.nn.Module):
     def match(self, hidden):
         return hidden.sum((1, 2))
 
-    def score_pairs(self, texts, text_index, images, image_index):
-        return self.match(self.encode_pairs(texts, text_index, images, image_index))
+    def score_pairs(self, *pairs):
+        return self.match(self.encode_pairs(*pairs)) + self.similarity(*pairs)
+
+    def similarity(self, texts, text_index, images, image_index):
+        return self.words[texts[:, 0]].sum(1)[text_index] * images.features.sum(1)[image_index]
 
     def fill(self, hidden):
         return hidden @ self.words.T
@@ -402,7 +428,8 @@ def batch_of(B=2, P=3, M=2, T=4):
 def score(model, batch, text, image):
     """Matching logit of one caption of the pool and one image, or of ids (T,) and one image."""
     ids = batch["input_ids"][text] if isinstance(text, int) else text
-    return (model.words[ids] + batch["features"][image]).sum()
+    similarity = model.words[ids[0]].sum() * batch["features"][image].sum()
+    return (model.words[ids] + batch["features"][image]).sum() + similarity
 
 
 def hinges(model, batch, pairs):

@@ -1,5 +1,6 @@
 """The encoder and its heads: masks, positions, batching, the tie to the word embeddings, gradients."""
 
+import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,6 +328,39 @@ def test_score_pairs_is_match_of_forward_gradients_included(masked, layers):
         gradients_of(model, (scores * torch.arange(1, 8)).sum()) for scores in (fast, plain)
     )
     assert_same_gradients(found, expected)
+
+
+@torch.no_grad()
+def test_similarity_by_hand_is_part_of_the_scores_where_the_config_asks():
+    """Ten times the cosine of the mean word with the mean region, the largest counted once more."""
+    model = make_model().eval()
+    (texts, images), (t, i) = prepared(model), pair_index()
+    plain = model.score_pairs(texts, t, images, i, 2)
+    assert model.similarity(texts, t, images, i) == 0.0
+    model.config = dataclasses.replace(model.config, similarity=True)
+    _, _, boxes, text_mask, region_mask = make_batch()
+    for n, (a, b) in enumerate(zip(t.tolist(), i.tolist())):
+        words = texts.states[a][text_mask[a]].mean(0)
+        regions = images.states[b][region_mask[b]]
+        regions = regions.mean(0) + regions[boxes[b, region_mask[b], 6].argmax()]
+        cosine = torch.cosine_similarity(words, regions, dim=0)
+        assert close(model.score_pairs(texts, t, images, i, 2)[n] - plain[n], 10 * cosine)
+
+
+@torch.no_grad()
+def test_similarity_does_not_depend_on_padding_even_where_boxes_are_empty():
+    model = make_model().eval()
+    model.config = dataclasses.replace(model.config, similarity=True)
+    ids, features, boxes, text_mask, region_mask = make_batch()
+    boxes[..., 6] = 0
+    one = torch.zeros(1, dtype=torch.long)
+    scores = []
+    for junk in (0.0, 7.0):
+        features[~region_mask] = junk
+        texts = model.prepare_text(ids[2:3], text_mask[2:3])
+        images = model.prepare_regions(features[2:3], boxes[2:3], region_mask[2:3])
+        scores.append(model.similarity(texts, one, images, one))
+    assert not region_mask[2].all() and torch.equal(*scores)
 
 
 @torch.no_grad()

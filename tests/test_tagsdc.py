@@ -12,12 +12,14 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+import probes
 import tagsdc
 from test_data import damage
 
@@ -109,6 +111,19 @@ def test_training_learns(world, tmp_path, no_report):
     rerun(tmp_path / "run", world, *shape.split())
     losses = [float(row["mlm"]) for row in rows(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_contrast_learns_and_its_similarity_stays_with_the_checkpoint(world, tmp_path, capsys):
+    shape = "--phases warmup=1 --steps 40 --words-first 0.9 --log-every 10 --val-images 5"
+    rerun(tmp_path / "run", world, *shape.split(), "--lambda-itc", "1", "--contrast-pool", "24")
+    found = [float(row["itc"]) for row in rows(tmp_path / "run")]
+    assert found[0] > found[-1] > 0 and found[0] > 3  # two choices among 24
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["config"]["similarity"]
+    first = metrics(tmp_path / "run")["test"]
+    capsys.readouterr()
+    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt"), "--device", "cpu"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rsum"))
+    assert float(line.split()[-1]) == pytest.approx(first["rsum"], abs=0.01)
 
 
 def test_the_best_validation_of_the_last_phase_is_what_is_reported(world):
@@ -561,6 +576,42 @@ def test_a_checkpoint_with_an_option_of_another_version_is_evaluated(world, tmp_
     assert not hasattr(args, "an_option_of_next_year")
 
 
+# ---- photographs -------------------------------------------------------------------------------
+
+FLICKR8K = ROOT.parent / "shared" / "real" / "flickr8k"
+
+
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the features of Flickr8k are not here")
+def test_photographs_from_scratch_in_miniature(tmp_path, capsys):
+    """60 photographs of the test split, shared out anew, with all their captions."""
+    folder = tmp_path / "regions"
+    options = ["--splits", "test", "--packs", str(FLICKR8K)]
+    command = [sys.executable, str(FLICKR8K / "expand.py"), str(folder), *options]
+    subprocess.run(command, check=True, capture_output=True)
+    images = json.loads((FLICKR8K / "dataset_flickr8k.json").read_text())["images"]
+    images = [image for image in images if image["split"] == "test"][:60]
+    for n, image in enumerate(images):
+        image["split"] = "train" if n < 40 else "val" if n < 50 else "test"
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    run = ["--data", "flickr8k", "--root", str(tmp_path), "--recipe", "scratch-photos"]
+    run += "--steps 8 --phases warmup=1 dc=1 --size tiny --warmup-batch-size 8 --hard 2".split()
+    run += "--contrast-pool 30 --batch-size 4 --pool 8 --maskings 2 --refills 2".split()
+    run += ["--analyse-images", "5", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert tagsdc.main(run) == 0
+    found = metrics(tmp_path / "run")
+    wanted = {f"one_word_wrong_{kind}" for kind in ("object", "attribute", "relation")}
+    wanted |= {"altered_tr_r1", "wod_auc", "sentences_repaired", "rsum"}
+    assert wanted <= found["test"].keys() & found["warmup"].keys()
+    assert {"itc", "itm", "tags", "woc"} <= rows(tmp_path / "run")[-1].keys()
+    # Features of another width than the checkpoint's.
+    narrow = {"features": np.ones((3, 20)), "norm_bb": np.tile([0, 0, 1, 1], (3, 1))}
+    for path in folder.iterdir():
+        np.savez(path, **narrow)
+    capsys.readouterr()
+    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt"), "--out", str(tmp_path)]) == 2
+    assert "its feature_size is 512, the data's 20" in capsys.readouterr().err
+
+
 # ---- damaged checkpoints and probe files -------------------------------------------------------
 
 PROBE = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in "123"}
@@ -572,7 +623,7 @@ def throw_damaged_files(folder, count, seed=0):
     state = {"format": tagsdc.FORMAT, "arguments": {}, "model": network.state_dict()}
     torch.save(state, folder / "checkpoint")
     (folder / "probe").write_text(json.dumps(PROBE))
-    readers = {"checkpoint": tagsdc.load_checkpoint, "probe": tagsdc.evaluate.read_probe}
+    readers = {"checkpoint": tagsdc.load_checkpoint, "probe": probes.read_probe}
     read = dict.fromkeys(readers, 0)
     for kind, reader in readers.items():
         chance = random.Random(f"{kind} {seed}")
