@@ -835,9 +835,9 @@ def content_words(caption):
         word = words[n]
         tag = tag_word(word)
         several = tag == "P" and len(positions) > 1  # in front of: no word of it can be changed
-        if word.islower() and word.isalpha() and not several:
+        if word.islower() and word.isalpha() and not several and word not in ("of", "one"):
             kind = "number" if word in NUMBERS else kind
-            ending = re.search("(s|ing|ed)?$", word)[0]
+            ending = re.search("((?<=..)((?<![su])s|ing|ed))?$", word)[0]  # none of red, glass, bus
             found.append((n, word, (kind, ending, tag, word[0] in "aeiou")))
     return found
 

@@ -203,21 +203,21 @@ def example_metrics(model, data, split, examples, **options):
 
 
 def altered_captions(data, split, seed=0):
-    """Captions with one word changed for another of its kind, so that they are false; each once for
-    every kind of word in it, where that can be done.
+    """Captions with one word changed for another of its kind, so that they are false (most likely,
+    of photographs); each once for every kind of word in it, where that can be done.
     Returns captions (N,) long, ascending, texts [N] and the kinds [N] of the changed words."""
     content = data.splits[split]
-    forms = None if content.scenes else training_words(data.splits.get("train", content))
+    alter = alter_scene if content.scenes else alter_photograph
+    forms = None if content.scenes else training_words(data, split)
     altered = {}  # {(caption, kind): text}
     for c in range(len(content.captions)):
         rng = random.Random(f"{seed} {c}")
-        found = alter_photograph(content, c, rng, forms) if forms else alter_scene(content, c, rng)
-        altered |= {(c, kind): text for kind, text in found.items()}
+        altered |= {(c, kind): text for kind, text in alter(content, c, rng, forms).items()}
     captions = torch.tensor([c for c, _ in altered], dtype=torch.long)
     return captions, [*altered.values()], [kind for _, kind in altered]
 
 
-def alter_scene(content, c, rng):
+def alter_scene(content, c, rng, _):
     """One caption -> {kind: text that is false by the oracle}."""
     scene = content.scenes[content.image_of_caption[c]]
     words = content.captions[c].split()
@@ -250,12 +250,13 @@ def alter_photograph(content, c, rng, forms):
     return altered
 
 
-def training_words(content):
-    """The content words of a split -> {form: [every occurrence]}."""
+def training_words(data, split):
+    """The known content words of train, or else of this split -> {form: [every occurrence]}."""
     forms = {}
-    for caption in content.captions:
+    for caption in data.splits.get("train", data.splits[split]).captions:
         for _, word, form in datasets.content_words(caption):
-            forms.setdefault(form, []).append(word)
+            if data.tokenizer.unk_id not in data.tokenizer.pieces(word):
+                forms.setdefault(form, []).append(word)
     return forms
 
 
@@ -267,6 +268,8 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     """
     content = data.splits[split]
     captions, texts, kinds = altered_captions(data, split, seed)
+    if not texts:
+        return {}
     images = content.image_of_caption[captions]
     wrong = score_sentences(model, data, split, texts, images, **options)
     won = scores[captions, images] > wrong
@@ -282,7 +285,7 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     own = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
     best = scores.where(own, -math.inf).amax(0)  # (I,)
     rival = scores.where(~own, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
-    return metrics | {"altered_tr_r1": share(best > rival)}
+    return metrics | {"altered_tr_r1": share((best > rival)[own.any(0)])}
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ ORANGE, GREEN = (204, 80, 0), (0, 130, 80)
 
 
 def draw_image(data, split, number):
-    """A scene, or where the regions of a photograph lie, 168 x 168."""
+    """A scene, or the boxes of an image's regions, 168 x 168."""
     content = data.splits[split]
     if content.scenes:
         return datasets.draw(content.scenes[number]).resize((168, 168))

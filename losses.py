@@ -45,7 +45,7 @@ def matching_loss(logits, matches, valid=None, count=None):
 
 def contrastive_loss(logits):
     """Image-text contrast (ITC of ALBEF, InfoNCE): -log softmax of the true pairs over their rows,
-    and over their columns, means of both added. logits: (P, P) float, true on the diagonal."""
+    and columns, means of both added. logits: (P, P) float, true on the diagonal alone."""
     own = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits.float(), own) + F.cross_entropy(logits.float().T, own)
 

@@ -232,7 +232,8 @@ class TagsDC(nn.Module):
         return self.encode_pairs(texts, text_index, images, image_index, last)
 
     def match(self, hidden):
-        """Matching logits (B,) of hidden (B, S, D), read off [CLS]; s(I, T) is their sigmoid."""
+        """Matching logits (B,) of hidden (B, S, D), read off [CLS]. s(I, T) is the sigmoid of their
+        sum with `similarity`, which is 0 in UNITER."""
         with autocast(hidden.device, torch.float32):  # in bfloat16 one of 256 would tie
             cls = hidden[:, 0].to(self.matching.weight.dtype)
             return self.matching(torch.tanh(self.pooler(cls)))[:, 0]
@@ -274,7 +275,7 @@ class TagsDC(nn.Module):
         return {"loaded": sorted(loaded), "initialised": initialised, "ignored": ignored}
 
     def export_uniter(self):
-        """The weights under official names, for use in the official code: load_uniter inverted."""
+        """The weights under official names, for the official code, which has no similarity."""
         weights = {official_name(name): value.clone() for name, value in self.state_dict().items()}
         return weights | {name: weights[WORDS] for name in TIED}
 

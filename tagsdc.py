@@ -37,7 +37,7 @@ from model import PRESETS, Config, TagsDC, autocast, fast_dtype
 # negatives, retrieved and written; dc the two tasks on written sentences, at a smaller rate.
 PHASES = {"warmup": "warmup_lr", "tags": "lr", "dc": "dc_lr"}  # and the options of their rates
 TERMS = {  # of the objective: (phases, default weight, help of its --lambda); see losses.Objective
-    "itc": ("warmup", 0.0, "weight of the contrast of embeddings in the warm-up"),
+    "itc": ("warmup", 0.0, "weight of contrasting embeddings; above 0 it joins the score"),
     "itm": ("warmup", 1.0, "weight of matching in the warm-up"),
     "hard": ("tags dc", 1.0, "weight of the triplet loss of retrieved negatives (paper: 1)"),
     "mlm": ("warmup tags dc", 0.2, "weight of masked LM (paper: 0.01 to 0.1); warm-up: 1"),
@@ -68,12 +68,12 @@ OPTIONS = {  # group: (name, default, help); the defaults fit the embedded scene
         ("dropout", 0.0, "paper: 0.1"),
     ],
     "training": [
-        ("recipe", None, "a schedule, the release's or for photographs, for these defaults"),
+        ("recipe", None, "schedule in place of defaults: the release's, or for photographs"),
         ("steps", 3250, "optimiser steps in all; the phases share them"),
         ("phases", ["warmup=10", "dc=3"], "phases (warmup, tags, dc) and their shares of --steps"),
         ("batch-size", 16, "anchor pairs a step (paper: 32 on each of 8 GPUs)"),
         ("warmup-batch-size", 32, "pairs a step of the warm-up"),
-        ("contrast-pool", 256, "pairs whose embeddings the warm-up contrasts (--lambda-itc)"),
+        ("contrast-pool", 256, "pairs whose embeddings the warm-up contrasts, if --lambda-itc"),
         ("wrong-partners", 7, "pairs among which the warm-up draws a hard wrong one"),
         ("words-first", 0.8, "share of the warm-up before matching: words (and contrast) alone"),
         ("mask-probability", 0.15, "of a phrase, for the negatives"),
@@ -365,7 +365,7 @@ def write_negatives(model, images, writer, batch, tokenizer, args, rng, device_r
 
 def training_step(objective, data, args, weights, rng, device_rng, device, writer=None):
     """One TAGS-DC step without the optimiser: draw, retrieve, tailor, and the weighted losses.
-    weights: {term: weight}; without "hard" (in the warm-up) a plain batch is drawn. rng draws on
+    weights: {term: weight}; without "hard" (in the warm-up) a batch is drawn. rng draws on
     the CPU, device_rng on the device. writer: refills, if it is not the network that learns.
     Returns the loss, a scalar with gradient, and {name: scalar}, terms and diagnostics, without."""
     model = getattr(objective, "module", objective).model
@@ -575,7 +575,7 @@ class Trainer:
     def step(self, phase, steps, weights, peak):
         """The next step of a phase, with its line of the log."""
         progress = self.progress
-        # The warm-up has two parts, masked words alone and matching, too, each with its own rise
+        # The warm-up has two parts, without matching and with it, each with its own rise
         # (a tenth of the steps) and fall of the learning rate.
         words_alone = round(self.args.words_first * steps) if phase == "warmup" else 0
         step = progress.step
@@ -788,8 +788,9 @@ def finish(args, data, model, device, progress):
     metrics, scores, examples = test_report(model, data, args, device)
     if RANK > 0:
         return
-    published = script("probes.py")["published_metrics"]
-    metrics |= published(args.probe, args.root, model, data, split, scores, **options)
+    if args.probe or args.root:
+        published = script("probes.py")["published_metrics"]
+        metrics |= published(args.probe, args.root, model, data, split, scores, **options)
     say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions")
     say("\n".join(evaluate.table(metrics, progress["warmup"] or {})))
     if args.save_scores:
