@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from generate import parse_phrases, tag_word
+from generate import parse_phrases, phrase_masks
 
 
 class InputError(ValueError):
@@ -277,11 +277,12 @@ class Data:
     def phrases(self, split, captions):
         """Captions by number (B,) -> (B, P, T) bool: True = the token belongs to the phrase."""
         rows = [self.caption_phrases(split, c) for c in np.asarray(captions).tolist()]
-        most, longest = np.max([row.shape for row in rows], 0)
-        batch = np.zeros((len(rows), most, longest), bool)
+        P = max(row.size(0) for row in rows)
+        T = max(row.size(1) for row in rows)
+        batch = torch.zeros(len(rows), P, T, dtype=torch.bool)
         for b, row in enumerate(rows):
-            batch[b, : row.shape[0], : row.shape[1]] = row
-        return torch.from_numpy(batch)
+            batch[b, : row.size(0), : row.size(1)] = row
+        return batch
 
     def caption_ids(self, split, c):
         """One caption -> (T,) ids."""
@@ -296,26 +297,23 @@ class Data:
         phrases = content.phrases[c] if content.phrases else None
         if phrases is None:
             phrases = [positions for _, positions in parse_phrases(words)]
-        counts = [len(self.tokenizer.pieces(word)) for word in words]
-        word_of_token = np.repeat(np.arange(len(words)), counts)[: self.max_text - 2]
-        word_of_token = np.array([-1, *word_of_token, -1])  # (T,); [CLS] and [SEP] are no word's
-        rows = [np.isin(word_of_token, positions) for positions in phrases]  # (T,) each
-        if not any(row.any() for row in rows):
-            rows = [word_of_token == word for word in range(len(words))]
-        return np.array([row for row in rows if row.any()]).reshape(-1, len(word_of_token))
+        word_of_token = [-1]  # [CLS] and [SEP] are no word's
+        for n, word in enumerate(words):
+            word_of_token += [n] * len(self.tokenizer.pieces(word))
+        return phrase_masks(phrases, [*word_of_token[: self.max_text - 1], -1])
 
     def image(self, split, images):
         """Images by number (B,) -> features (B, R, F), boxes (B, R, 7), region_mask (B, R)."""
         return self.regions.gather(self.splits[split].rows[np.asarray(images)])
 
-    def own_captions(self, split, images):
+    def true_captions(self, split, images):
         """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
         owner = self.splits[split].image_of_caption.numpy()
         images = np.asarray(images)
         starts = np.searchsorted(owner, images)
         ends = np.searchsorted(owner, images, "right")
         captions = [np.arange(start, end) for start, end in zip(starts, ends)]
-        texts = self.text(split, np.concatenate(captions)).split([len(own) for own in captions])
+        texts = self.text(split, np.concatenate(captions)).split([len(five) for five in captions])
         return pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_id)
 
 
@@ -447,13 +445,13 @@ def read_arrays(files, sizes):
 
 def open_array(path):
     """A *_ims.npy -> the names of its images, by *_names.txt or by number, and the array."""
-    listed = Path(path.replace("_ims.npy", "_names.txt"))
+    names_file = Path(path.replace("_ims.npy", "_names.txt"))
     with one_line_errors(path, "save it again as a plain array (images, regions, features)"):
         array = np.lib.format.open_memmap(path, mode="r")
         names = [f"{Path(path).stem}_{i:06d}" for i in range(len(array))]
-        names = read_lines(listed) if listed.exists() else names
+        names = read_lines(names_file) if names_file.exists() else names
         if len(names) != len(array):
-            raise ValueError(f"{len(array)} images, but {len(names)} names in {listed.name}")
+            raise ValueError(f"{len(array)} images, but {len(names)} names in {names_file.name}")
     return names, array
 
 
@@ -582,9 +580,9 @@ def read_uniter(files, sizes):
     if not image_paths:
         raise InputError(f"{paths[0]} has texts: captions are read from Karpathy's JSON instead")
     for path in image_paths:
-        listed = [*path.parent.glob("nbb_*.json"), *path.parent.parent.glob("nbb_*.json")]
-        listed.sort(key=lambda listing: listing.stem[4:] not in path.parent.name)
-        counts = read_json(listed[0]) if listed else {}
+        tables = [*path.parent.glob("nbb_*.json"), *path.parent.parent.glob("nbb_*.json")]
+        tables.sort(key=lambda table: table.stem[4:] not in path.parent.name)
+        counts = read_json(tables[0]) if tables else {}
         for key, value in read_lmdb(path):
             name = key.decode(errors="replace")
             if name != "__keys__":
@@ -635,8 +633,8 @@ ENDING = re.compile(r"(\.(jpe?g|png|webp|np[yz]))*$")
 ASIDE = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
 PICTURES = r"(images|\w20\d\d)/"  # folders whose pictures are data
 
-# An image with captions. path: with its folder. key: its image_key.
-Listed = namedtuple("Listed", "where split name path key size captions")
+# path: with its folder. key: its image_key. where: for error messages.
+CaptionedImage = namedtuple("CaptionedImage", "where split name path key size captions")
 
 
 def image_key(name):
@@ -703,13 +701,13 @@ def read_scan_captions(paths):
 
 
 def read_captions(path, content, left_out):
-    """Karpathy's form, which came from a path -> [Listed], with at most five captions each."""
+    """Karpathy's form, which came from a path -> [CaptionedImage], of at most five captions."""
     with one_line_errors(path, KARPATHY):
         if "annotations" in content:
             raise ValueError("this is COCO's own annotation file, which has no splits")
-        images = content["images"][:]  # of a list
-    listed = []
-    for i, image in enumerate(images):
+        entries = content["images"][:]  # of a list
+    images = []
+    for i, image in enumerate(entries):
         where = f"{path} image {i}"
         with one_line_errors(where, SKIP, left_out):
             name = str(image["filename"] if "filename" in image else image["cocoid"])
@@ -724,18 +722,19 @@ def read_captions(path, content, left_out):
             if not captions or "" in captions:
                 raise ValueError(f"{name} has no caption, or an empty one, in its sentences")
             size = (image.get("width"), image.get("height"))
-            listed.append(Listed(where, split, name, file, image_key(name), size, captions))
-    return listed
+            key = image_key(name)
+            images.append(CaptionedImage(where, split, name, file, key, size, captions))
+    return images
 
 
-def load_regions(form, files, listed, place, skip_bad, store, elsewhere):
+def load_regions(form, files, images, place, skip_bad, store, elsewhere):
     """The region store of these files, made first unless one of the same files is there."""
     left_out = [] if skip_bad else None
-    times = Counter(image.key for image in listed)
-    known = [image for image in listed if None not in image.size and times[image.key] == 1]
+    times = Counter(image.key for image in images)
+    known = [image for image in images if None not in image.size and times[image.key] == 1]
     sizes = {image.key: image.size for image in known}
 
-    def make_images():
+    def usable_regions():
         """What the reader finds and is right; of one name the first."""
         names = set()
         width = None
@@ -755,22 +754,22 @@ def load_regions(form, files, listed, place, skip_bad, store, elsewhere):
     if form.name == "arrays":  # the names of the images may lie beside them
         stats += [open_array(path)[0] for path in files.values()]
     source = [form.name, os.path.abspath(place), list(files), stats, sizes]
-    regions = open_regions(store, source, make_images, left_out, elsewhere)
+    regions = open_regions(store, source, usable_regions, left_out, elsewhere)
     if regions.left_out and not skip_bad:
         raise InputError(f"{regions.left_out[0]}; {SKIP}")
     return regions
 
 
-def make_splits(listed, names, place, phrases, left_out):
+def make_splits(images, names, place, phrases, left_out):
     """Finds for each image with captions its row in the store -> {split: Split}. Where base names
     (image_key) are not unique, the folders must agree. phrases: see read_phrases."""
     rows_of = {}  # image_key -> rows in the store
     for row, name in enumerate(names):
         rows_of.setdefault(image_key(name), []).append(row)
-    times = Counter(image.key for image in listed)
+    times = Counter(image.key for image in images)
     used = set()
     splits = {}
-    for image in listed:
+    for image in images:
         with one_line_errors(image.where, SKIP, left_out):
             rows = rows_of.get(image.key, [])
             if len(rows) > 1 or times[image.key] > 1:
@@ -821,27 +820,6 @@ def read_phrases(path):
     return table
 
 
-NUMBERS = "two three four five six seven eight nine ten".split()
-
-
-def content_words(caption):
-    """The telling word of each phrase -> [(position in split_words, word, form)]. A form holds what
-    can stand for each other: the kind (object, attribute, number or relation), then the ending, the
-    tag and whether "an" goes before it. Without capitals, which would tell the place."""
-    words = split_words(caption)
-    found = []
-    for kind, positions in parse_phrases(words):
-        n = positions[0] if kind == "relation" else positions[-1]
-        word = words[n]
-        tag = tag_word(word)
-        several = tag == "P" and len(positions) > 1  # in front of: no word of it can be changed
-        if word.islower() and word.isalpha() and not several and word not in ("of", "one"):
-            kind = "number" if word in NUMBERS else kind
-            ending = re.search("((?<=..)((?<![su])s|ing|ed))?$", word)[0]  # none of red, glass, bus
-            found.append((n, word, (kind, ending, tag, word[0] in "aeiou")))
-    return found
-
-
 def make_tokenizer(root, splits, tokens, notes):
     """With the tokens of a checkpoint, of vocab.txt in root, or of the training captions."""
     if tokens is None and (root / "vocab.txt").exists():
@@ -882,16 +860,16 @@ def load_data(
         stack.callback(gc.enable)
         form, files = find_features(place, anywhere=bool(features))
         source, content = find_captions(name, root, place, form, files)
-        listed = read_captions(source, content, left_out)
+        images = read_captions(source, content, left_out)
         table = read_phrases(phrases) if phrases else {}
-        regions = load_regions(form, files, listed, place, skip_bad, store, elsewhere)
-    splits = make_splits(listed, regions.names, place, table, left_out)
+        regions = load_regions(form, files, images, place, skip_bad, store, elsewhere)
+    splits = make_splits(images, regions.names, place, table, left_out)
     if not splits:
         raise InputError(f"{source}: no image has both captions and features in {place}")
     notes = [f"captions from {source}, regions from {place} ({form.name})"]
     if phrases:
-        found = [own is not None for split in splits.values() for own in split.phrases]
-        notes.append(f"phrases of {sum(found):,} of {len(found):,} captions from {phrases}")
+        known = [entry is not None for split in splits.values() for entry in split.phrases]
+        notes.append(f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}")
     for what, lines in (("regions", regions.left_out), ("captions", left_out)):
         if lines:
             notes.append(f"{what}: left out {len(lines):,} images, the first: {lines[0]}")

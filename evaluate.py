@@ -1,4 +1,4 @@
-"""What a model is worth: recall, the paper's analyses, altered captions, pictures.
+"""What a model is worth: recall, the paper's analyses, altered captions, probes, pictures.
 
 Letters: C captions, I images, N sentences or pairs, H negatives of a caption, T text positions.
 Every mask: True = real. All shares are in percent, and a tie counts against the model. `options`
@@ -9,13 +9,14 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import data as datasets
-from data import InputError, describes
+from data import InputError, Split, describes, image_key
 from model import autocast
 
 # ---- recall ------------------------------------------------------------------------------------
@@ -29,9 +30,9 @@ def retrieval_metrics(scores, image_of_caption):
     scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
     if scores.dim() != 2 or owner.shape != scores.shape[:1] or owner.max() >= scores.size(1):
         raise ValueError(f"scores (C, I), owners (C,) < I wanted: {scores.shape}, {owner.shape}")
-    own = owner[:, None] == torch.arange(scores.size(1), device=owner.device)  # (C, I)
+    matches = owner[:, None] == torch.arange(scores.size(1), device=owner.device)  # (C, I)
     result = {}
-    for way, lines, right in (("tr", scores.T, own.T), ("ir", scores, own)):
+    for way, lines, right in (("tr", scores.T, matches.T), ("ir", scores, matches)):
         best = lines.where(right, -math.inf).amax(1, keepdim=True)
         ahead = ~(lines < best) & ~right  # the wrong items not below the best right one
         rank = ahead.sum(1)[right.any(1)]
@@ -109,12 +110,10 @@ def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float
     found = []
     with inference(model, device, dtype):
         for text, columns in zip(ids.to(device).split(score_batch), images.split(score_batch)):
-            texts = model.prepare_text(text, text != tokenizer.pad_id)
-            pictures = model.prepare_regions(*(x.to(device) for x in data.image(split, columns)))
-            pairs = torch.arange(len(text), device=device)
-            hidden = model.encode_pairs(texts, pairs, pictures, pairs)
+            features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
+            hidden = model(text, features, boxes, text != tokenizer.pad_id, region_mask)
             words = hidden[:, : ids.size(1)]
-            logits = model.match(hidden) + model.similarity(texts, pairs, pictures, pairs)
+            logits = model.match(hidden)
             replaced, original = model.discriminate(words).float().unbind(-1)
             suspicion = (replaced - original).nan_to_num()
             suspicion = suspicion.masked_fill(torch.isin(text, no_words), -math.inf)
@@ -127,13 +126,13 @@ def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float
 
 def score_sentences(model, data, split, texts, images, **options):
     """Matching logits (N,) of sentences, N strings, with images (N,) long of a split."""
-    asked = dataclasses.replace(data.splits[split], captions=texts)
-    asked = dataclasses.replace(data, splits={split: asked})
+    content = dataclasses.replace(data.splits[split], captions=texts)
+    sentences = dataclasses.replace(data, splits={split: content})
     scores = torch.empty(len(texts))
     for image in images.unique():
-        own = (images == image).nonzero()[:, 0]
-        found = score_matrix(model, asked, split, captions=own, images=image[None], **options)
-        scores[own] = found[:, 0]
+        rows = (images == image).nonzero()[:, 0]
+        found = score_matrix(model, sentences, split, captions=rows, images=image[None], **options)
+        scores[rows] = found[:, 0]
     return scores
 
 
@@ -203,70 +202,45 @@ def example_metrics(model, data, split, examples, **options):
 
 
 def altered_captions(data, split, seed=0):
-    """Captions with one word changed for another of its kind, so that they are false (most likely,
-    of photographs); each once for every kind of word in it, where that can be done.
+    """Captions of the embedded world with one word changed for another of its kind, so that the
+    oracle says they are false; each once for every kind of word in it, where that can be done.
     Returns captions (N,) long, ascending, texts [N] and the kinds [N] of the changed words."""
     content = data.splits[split]
-    alter = alter_scene if content.scenes else alter_photograph
-    forms = None if content.scenes else training_words(data, split)
-    altered = {}  # {(caption, kind): text}
-    for c in range(len(content.captions)):
+    captions = []
+    texts = []
+    kinds = []
+    for c, caption in enumerate(content.captions):
+        scene = content.scenes[content.image_of_caption[c]]
         rng = random.Random(f"{seed} {c}")
-        altered |= {(c, kind): text for kind, text in alter(content, c, rng, forms).items()}
-    captions = torch.tensor([c for c, _ in altered], dtype=torch.long)
-    return captions, [*altered.values()], [kind for _, kind in altered]
+        for kind, words_of_kind in datasets.KINDS.items():
+            false = false_sentences(caption, words_of_kind, scene)
+            if false:
+                captions.append(c)
+                texts.append(rng.choice(false))
+                kinds.append(kind)
+    return torch.tensor(captions, dtype=torch.long), texts, kinds
 
 
-def alter_scene(content, c, rng, _):
-    """One caption -> {kind: text that is false by the oracle}."""
-    scene = content.scenes[content.image_of_caption[c]]
-    words = content.captions[c].split()
-    altered = {}
-    for kind, own in datasets.KINDS.items():
-        false = []
-        for n, word in enumerate(words):
-            for other in own if word in own else ():
-                text = " ".join([*words[:n], other, *words[n + 1 :]])
-                if describes(text, scene) is False:
-                    false.append(text)
-        if false:
-            altered[kind] = rng.choice(false)
-    return altered
-
-
-def alter_photograph(content, c, rng, forms):
-    """The same without an oracle: a word that stands in no caption of the image is taken for false.
-    It is drawn from those of the same form, as often as training has it."""
-    same = (content.image_of_caption == content.image_of_caption[c]).nonzero()[:, 0]
-    own = datasets.split_words(" ".join(content.captions[n] for n in same).lower())
-    words = datasets.split_words(content.captions[c])
-    altered = {}
-    found = datasets.content_words(content.captions[c])
-    for n, word, form in rng.sample(found, len(found)):
-        drawn = [rng.choice(forms.get(form, [word])) for _ in range(20)]
-        false = [other for other in drawn if other not in own]
-        if false:
-            altered[form[0]] = " ".join([*words[:n], false[0], *words[n + 1 :]])
-    return altered
-
-
-def training_words(data, split):
-    """The known content words of train, or else of this split -> {form: [every occurrence]}."""
-    forms = {}
-    for caption in data.splits.get("train", data.splits[split]).captions:
-        for _, word, form in datasets.content_words(caption):
-            if data.tokenizer.unk_id not in data.tokenizer.pieces(word):
-                forms.setdefault(form, []).append(word)
-    return forms
+def false_sentences(caption, words_of_kind, scene):
+    """All false sentences that one word of a kind changed for another makes of a caption."""
+    words = caption.split()
+    false = []
+    for n, word in enumerate(words):
+        for other in words_of_kind if word in words_of_kind else ():
+            text = " ".join([*words[:n], other, *words[n + 1 :]])
+            if describes(text, scene) is False:
+                false.append(text)
+    return false
 
 
 def altered_metrics(model, data, split, scores, seed=0, **options):
-    """Of altered_captions. scores: (C, I) of the split.
+    """Of altered_captions; {} where there is no oracle. scores: (C, I) of the split.
     one_word_wrong, and by kind one_word_wrong_colour, ...: captions that score above their altered
-    version. oversensitivity: true paraphrases ("B right of A" for "A left of B", scenes alone) that
-    do not. altered_tr_r1: text R@1 with the altered captions of an image in its gallery (RoCOCO).
-    """
+    version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not.
+    altered_tr_r1: text R@1 with the altered captions of an image in its gallery (RoCOCO)."""
     content = data.splits[split]
+    if not content.scenes:
+        return {}
     captions, texts, kinds = altered_captions(data, split, seed)
     if not texts:
         return {}
@@ -276,16 +250,180 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     metrics = {"one_word_wrong": share(won)}
     for kind in sorted(set(kinds)):
         metrics[f"one_word_wrong_{kind}"] = share(won[[other == kind for other in kinds]])
-    if content.scenes:
-        told = [datasets.paraphrase(content.captions[c]) for c in captions]
-        kept = [n for n, text in enumerate(told) if text]
-        told = [told[n] for n in kept]
-        right = score_sentences(model, data, split, told, images[kept], **options)
-        metrics["oversensitivity"] = share(~(right > wrong[kept]))
-    own = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
-    best = scores.where(own, -math.inf).amax(0)  # (I,)
-    rival = scores.where(~own, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
-    return metrics | {"altered_tr_r1": share((best > rival)[own.any(0)])}
+
+    paraphrases = [datasets.paraphrase(content.captions[c]) for c in captions]
+    kept = [n for n, text in enumerate(paraphrases) if text]
+    paraphrases = [paraphrases[n] for n in kept]
+    right = score_sentences(model, data, split, paraphrases, images[kept], **options)
+    metrics["oversensitivity"] = share(~(right > wrong[kept]))
+
+    is_own = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
+    best = scores.where(is_own, -math.inf).amax(0)  # (I,)
+    rival = scores.where(~is_own, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
+    return metrics | {"altered_tr_r1": share((best > rival)[is_own.any(0)])}
+
+
+# ---- probes: published fine-grained tests ------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """A file of SugarCrepe, VALSE's FOIL or RoCOCO."""
+
+    name: str  # of the file, which goes before its metrics
+    items: list  # [(image's name, true captions, false captions)]
+
+
+def read_probe(path):
+    """A probe's file, known by its fields -> Probe. Raises InputError."""
+    content = datasets.read_json(path)
+    items = []
+    with datasets.one_line_errors(path, "a file of SugarCrepe, VALSE's FOIL or RoCOCO is expected"):
+        for item in content.values() if isinstance(content, dict) else content:
+            name = item.get("image") or item.get("filename") or item["image_file"]
+            true = item["caption"]
+            if isinstance(true, list):
+                true, false = true[:-5], true[-5:]
+            else:
+                true, false = [true], [item.get("foil") or item["negative_caption"]]
+            if not true or not all(isinstance(t, str) and t for t in (name, *true, *false)):
+                raise ValueError(f"the item of {name} lacks a text")
+            items.append((name, true, false))
+        if not items:
+            raise ValueError("it is empty")
+    return Probe(Path(path).stem, items)
+
+
+def probe_metrics(probe, model, data, split, **options):
+    """A probe on those of its images that have features.
+    SugarCrepe and VALSE's FOIL: "pairwise", the share of true captions that score above their false
+    ones, and word_metrics of the "same_length" items whose texts have as many word pieces.
+    RoCOCO: text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery.
+    All: "items" used, "total", "held_out" (with an image of this split), after the file's name."""
+    row_of = {image_key(name): row for row, name in enumerate(data.regions.names)}
+    rows = []
+    texts = []
+    owner = []  # of each text its number in rows; a false caption has none
+    for name, true, false in probe.items:
+        if image_key(name) in row_of:
+            owner += [len(rows)] * len(true) + [-1] * len(false)
+            texts += true + false
+            rows.append(row_of[image_key(name)])
+    held_out = np.isin(rows, data.splits[split].rows).sum()
+    result = {"items": len(rows), "total": len(probe.items), "held_out": int(held_out)}
+    content = Split(rows, np.array(rows), texts, torch.tensor(owner))
+    probe_data = dataclasses.replace(data, splits={"probe": content})
+    if len(texts) > 2 * len(rows):  # not pairs: RoCOCO
+        result |= gallery_metrics(model, probe_data, **options)
+    elif rows:
+        result |= pair_metrics(model, probe_data, **options)
+    return {f"{probe.name}_{name}": round(value, 4) for name, value in result.items()}
+
+
+def gallery_metrics(model, probe_data, **options):
+    """RoCOCO: text recall without the altered captions, which have no owner, and with them."""
+    owner = probe_data.splits["probe"].image_of_caption
+    scores = score_matrix(model, probe_data, "probe", **options)
+    result = {}
+    for prefix, used in (("", owner >= 0), ("altered_", owner >= -1)):
+        metrics = retrieval_metrics(scores[used], owner[used])
+        result |= {f"{prefix}{name}": metrics[name] for name in ("tr_r1", "tr_r5", "tr_r10")}
+    return result
+
+
+def pair_metrics(model, probe_data, **options):
+    """SugarCrepe, FOIL: the texts are true and false in turn, two of each image."""
+    count = len(probe_data.splits["probe"].captions)
+    ids = probe_data.text("probe", torch.arange(count))
+    images = torch.arange(count) // 2
+    logits, suspicion, corrections = judge_words(model, probe_data, "probe", ids, images, **options)
+    real = ids != probe_data.tokenizer.pad_id
+    same_length = (real[::2] == real[1::2]).all(1).nonzero()[:, 0]
+    result = {"pairwise": share(logits[::2] > logits[1::2]), "same_length": len(same_length)}
+    wrong = 2 * same_length + 1
+    right = 2 * same_length
+    if len(wrong):
+        result |= word_metrics(suspicion[wrong], corrections[wrong], ids[wrong], ids[right])
+    return result
+
+
+# ---- more positives than COCO's own: ECCV Caption and CxC --------------------------------------
+
+
+class Positives(NamedTuple):
+    """The files of ECCV Caption and CxC. Ids are COCO's, as texts."""
+
+    caption_ids: list  # of the test split; those of an image in the order of its captions
+    image_of_caption: dict  # {caption: image}
+    tables: dict  # {"eccv_tr": {image: {captions}}, "eccv_ir": {caption: {images}}, "cxc_tr" ..}
+
+
+def read_positives(root):
+    """The files of ECCV Caption, which lie somewhere below a folder -> Positives; None where there
+    are none. Raises InputError."""
+    with datasets.one_line_errors(root, "the files of ECCV Caption must be whole"):
+        for path in sorted(Path(root).glob("**/coco_test_ids.npy")):
+            owners = path.with_name("original_caption_to_image.json")
+            if not owners.is_file():
+                continue
+            owners = {key: str(images[0]) for key, images in datasets.read_json(owners).items()}
+            caption_ids = [str(i) for i in np.load(path, allow_pickle=False).tolist()]
+            owners = {key: owners[key] for key in caption_ids}
+            tables = {}
+            for name in ("eccv", "cxc"):
+                for way, kind in (("tr", "image_to_caption"), ("ir", "caption_to_image")):
+                    file = path.with_name(f"{name}_{kind}.json")
+                    table = datasets.read_json(file) if file.is_file() else {}
+                    table = {query: set(map(str, right)) for query, right in table.items()}
+                    tables[f"{name}_{way}"] = table
+            return Positives(caption_ids, owners, tables)
+    return None
+
+
+def positives_metrics(positives, scores, data, split):
+    """precision_at_r on the positives of ECCV Caption and CxC. scores: (C, I) of COCO's test split.
+    Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
+    owner = data.splits[split].image_of_caption
+    images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
+    # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
+    remaining = {image: (owner == i).nonzero()[:, 0].tolist() for image, i in images.items()}
+    captions = {}
+    for caption in positives.caption_ids:
+        of_image = remaining.get(positives.image_of_caption[caption])
+        if of_image:
+            captions[caption] = of_image.pop(0)
+    result = {}
+    for name, table in positives.tables.items():
+        if name.endswith("tr"):
+            result |= table_metrics(name, table, scores.T, images, captions)
+        else:
+            result |= table_metrics(name, table, scores, captions, images)
+    return result
+
+
+def table_metrics(name, table, scores, queries, items):
+    """The means of precision_at_r over the queries of a table, {query: {positives}}."""
+    found = []
+    for query, positives in table.items():
+        right = [items[positive] for positive in positives if positive in items]
+        if query in queries and right:  # R counts all positives, as in the official code
+            right = torch.tensor(right)
+            found.append(precision_at_r(scores[queries[query]], right, len(positives)))
+    if not found:
+        return {}
+    values = [*(100 * torch.stack(found).mean(0)).tolist(), len(found)]
+    measures = ("map_at_r", "rprecision", "r1", "queries")
+    return {f"{name}_{measure}": round(value, 4) for measure, value in zip(measures, values)}
+
+
+def precision_at_r(scores, right, count):
+    """mAP@R, R-Precision and R@1 of one query -> (3,). scores: (items,). right: (n,) long, those
+    positives that are among the items. R = count, all positives."""
+    hits = scores[right].sort(descending=True).values
+    nth = torch.arange(1, len(right) + 1)
+    ahead = (~(scores < hits[:, None])).sum(1) - (~(hits < hits[:, None])).sum(1)  # wrong ones
+    hit = (ahead + nth <= count).double()
+    precision = hit * nth / (ahead + nth)
+    return torch.stack([precision.sum() / count, hit.sum() / count, (ahead[0] == 0).double()])
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -345,8 +483,8 @@ def draw_negatives(path, model, data, split, scores, examples, count=6, **option
         line = scores[:, image].sigmoid()
         hardest = line.masked_fill(content.image_of_caption == image, -1).argmax()
         lines = []
-        own = examples["captions"][n]
-        for label, c in (("caption", own), ("retrieved", hardest)):
+        caption = examples["captions"][n]
+        for label, c in (("caption", caption), ("retrieved", hardest)):
             lines.append((f"{label}  {line[c]:.2f}", content.captions[c]))
         written = examples["sentences"][n][examples["valid"][n]]
         for sentence in written[:3]:
@@ -391,9 +529,9 @@ def search(model, data, split, query, image, path, **options):
     """Draws and returns what fits a sentence or an image best: [(score, image name or caption)]."""
     content = data.splits[split]
     if query:
-        asked = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
-        asked = dataclasses.replace(data, splits={split: asked})
-        scores = score_matrix(model, asked, split, **options)[0]
+        query_split = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
+        query_data = dataclasses.replace(data, splits={split: query_split})
+        scores = score_matrix(model, query_data, split, **options)[0]
         names = content.images
         rows = [(None, [("query", query)])]
     elif image in content.images:

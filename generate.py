@@ -32,9 +32,8 @@ import torch.nn.functional as F
 class Negatives(NamedTuple):
     """What `tailor_negatives` keeps of a batch."""
 
-    sentences: torch.Tensor  # (B, H, T) ids; all padding where not valid
-    valid: torch.Tensor  # (B, H) bool; False = the caption ran out of usable candidates, and the
-    #   sentence has no real token: an attention mask must leave its encoder one, or NaN comes back
+    sentences: torch.Tensor  # (B, H, T) ids; the caption itself where not valid
+    valid: torch.Tensor  # (B, H) bool; False = the caption ran out of usable candidates
     labels: torch.Tensor  # (B, H, T) ids; the original word where it was replaced, else -1
 
 
@@ -42,15 +41,14 @@ def mask_phrases(
     input_ids, phrases, mask_id, vocabulary_range, maskings=1, probability=0.15, generator=None
 ):
     """Masks whole phrases of each caption, M times over.
-    input_ids: (B, T) integers. phrases: (B, P, T) bool, which token belongs to which phrase; of a
-        caption without any, and of all if phrases is None, every word is a phrase.
+    input_ids: (B, T) integers. phrases: (B, P, T) bool, which token belongs to which phrase (see
+        `phrase_masks`); of a caption without any, and of all if phrases is None, every word is one.
     vocabulary_range: (first, end) of the ordinary words; special tokens are never masked.
     probability: of each phrase; if none of a caption is drawn, one at random is.
     Returns masked ids and labels, both (B, M, T); a label is the original word where it was
     masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random one, 10% themselves."""
     first, end = vocabulary_range
-    if not first < end:
-        raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
+    check_words(mask_id, vocabulary_range)
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is not in 0..1")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
@@ -58,7 +56,7 @@ def mask_phrases(
     device = input_ids.device
     if phrases is None:
         phrases = ordinary.new_zeros(B, 0, T)
-    if phrases.shape[::2] != (B, T):
+    if phrases.dim() != 3 or phrases.shape[::2] != (B, T):
         raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
     # Phrases of ordinary words alone; a caption without any gets one for each word.
     phrases = phrases & ordinary[:, None]  # (B, P, T)
@@ -83,6 +81,15 @@ def mask_phrases(
     words = torch.randint(first, end, coin.shape, device=device, generator=generator)
     shown = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, words.to(original), original))
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
+
+
+def check_words(mask_id, vocabulary_range):
+    """ValueError unless there are words to write, and [MASK] is none of them."""
+    first, end = vocabulary_range
+    if not first < end:
+        raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
+    if first <= mask_id < end:
+        raise ValueError(f"mask_id {mask_id} lies in vocabulary_range {vocabulary_range}")
 
 
 def refill_masks(
@@ -133,8 +140,9 @@ def refill_masks(
             if writer_images is not None:
                 belief = word_logits(fill, ids, own_images[chunk], places, vocabulary_range)
             # The original may return, so that single words of a phrase can be wrong.
-            true = word_probabilities(belief) > truth_threshold
-            logits = logits.masked_fill(true.scatter(1, originals, False), -math.inf)
+            likely_true = word_probabilities(belief) > truth_threshold
+            barred = likely_true.scatter(1, originals, False)
+            logits = logits.masked_fill(barred, -math.inf)
         # Two draws or more: to check a single one torch would wait for a GPU.
         chances = word_probabilities(logits / temperature)
         words = torch.multinomial(chances, max(refills, 2), replacement=True, generator=generator)
@@ -168,7 +176,7 @@ def word_probabilities(logits):
     return probabilities.masked_fill_(missing, 1.0)
 
 
-def is_true(sentences, captions, pad_id=0):
+def equals_a_caption(sentences, captions, pad_id):
     """Which of the sentences (B, N, T) equal one of their row's captions (B, C, T') -> (B, N)."""
     width = max(sentences.size(2), captions.size(2))
     sentences = F.pad(sentences, (0, width - sentences.size(2)), value=pad_id)
@@ -176,16 +184,16 @@ def is_true(sentences, captions, pad_id=0):
     return (sentences[:, :, None] == captions[:, None]).all(3).any(2)
 
 
-def drop_non_negatives(candidates, captions, pad_id=0):
-    """Which candidates (B, N, T) are no caption (B, C, T') of their row and no repeat -> (B, N)."""
-    N, T = candidates.shape[1:]
+def usable_candidates(candidates, input_ids, captions, pad_id):
+    """Which candidates (B, N, T) are negatives: neither the caption (B, T) that they were made
+    from, nor another caption (B, C, T') of its image, nor equal to an earlier one -> (B, N)."""
+    T = candidates.size(2)
+    # Equal sentences have equal keys, others all but never.
     factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
     keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
-    # Equal sentences have equal keys, others all but never; repeats come after the earliest one.
-    in_order, order = keys.sort(dim=1, stable=True)
-    earliest = order.gather(1, torch.searchsorted(in_order, keys))  # (B, N)
-    new = earliest == torch.arange(N, device=candidates.device)
-    return new & ~is_true(candidates, captions, pad_id)
+    repeats = (keys[:, :, None] == keys[:, None]).tril(-1).any(2)
+    unchanged = (candidates == input_ids[:, None]).all(2)
+    return ~repeats & ~unchanged & ~equals_a_caption(candidates, captions, pad_id)
 
 
 def score_candidates(match, candidates, usable, chunk_size):
@@ -221,44 +229,80 @@ def tailor_negatives(
     fill,
     match,
     input_ids,
-    phrases,
     captions,
     *,
+    pad_id,
     mask_id,
     vocabulary_range,
-    pad_id=0,
+    phrases=None,
     maskings=20,
     probability=0.15,
     masks=None,
     refills=20,
+    temperature=1.5,
+    truth_threshold=1.0,
+    writer_images=None,
     hard=31,
     chunk_size=512,
     generator=None,
-    **refilling,
 ):
     """Writes the H hardest false sentences for each caption: mask, refill, filter, select.
-    fill, match, input_ids, phrases: see the top of the file and `mask_phrases`.
+    fill, match: see the top of the file. input_ids: (B, T), the captions, padded with pad_id.
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
+    mask_id, vocabulary_range, phrases, maskings, probability: as in `mask_phrases`.
     masks: (masked, labels) of `mask_phrases`, to be shared with masked LM; None = drawn here.
-    hard: H, at most maskings * refills. refilling: temperature, truth_threshold, writer_images.
+    refills, temperature, truth_threshold, writer_images: as in `refill_masks`.
+    hard: H, at most M * K. chunk_size: sentences in one call of fill or match.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
-    equal none of `captions`; the others are all padding with labels of -1."""
+    neither the caption nor one of `captions`; the others are the caption, with labels of -1."""
+    B, T = input_ids.shape
+    check_words(mask_id, vocabulary_range)
+    if captions.dim() != 3 or captions.size(0) != B:
+        raise ValueError(f"captions must be (B, C, T') = ({B}, C, T'), got {tuple(captions.shape)}")
     if masks is None:
         masks = mask_phrases(
             input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator
         )
-    refilling |= {"refills": refills, "chunk_size": chunk_size, "generator": generator}
-    candidates = refill_masks(fill, *masks, vocabulary_range, **refilling)  # (B, N, T)
-    usable = drop_non_negatives(candidates, captions, pad_id)  # (B, N)
+    masked, labels = masks
+    if hard > masked.size(1) * refills:
+        raise ValueError(f"hard {hard} exceeds {masked.size(1)} maskings x {refills} refills")
+    candidates = refill_masks(  # (B, N, T)
+        fill,
+        masked,
+        labels,
+        vocabulary_range,
+        refills=refills,
+        temperature=temperature,
+        truth_threshold=truth_threshold,
+        writer_images=writer_images,
+        chunk_size=chunk_size,
+        generator=generator,
+    )
+    usable = usable_candidates(candidates, input_ids, captions, pad_id)  # (B, N)
     scores = score_candidates(match, candidates, usable, chunk_size)  # (B, N)
     index, valid = select_hardest(scores, usable, hard)  # (B, H) each
-    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2)))
-    sentences = sentences.where(valid[..., None], pad_id)
-    replaced = valid[..., None] & (sentences != input_ids[:, None])
+    sentences = candidates.gather(1, index[..., None].expand(-1, -1, T))
+    # The caption itself where a row ran out: an encoder never sees a sentence without a token.
+    sentences = sentences.where(valid[..., None], input_ids[:, None])
+    replaced = sentences != input_ids[:, None]
     return Negatives(sentences, valid, torch.where(replaced, input_ids[:, None], -1))
 
 
 # ---- phrases of a caption ----------------------------------------------------------------------
+
+
+def phrase_masks(phrases, word_of_token):
+    """The phrases of a caption as rows for `mask_phrases`.
+    phrases: a list of word positions each, of `parse_phrases` say. word_of_token: (T,) integers,
+        which word each token is a piece of; -1 = none, as [CLS] and [SEP].
+    Returns (P, T) bool, of the phrases that have a token; of none, a row for each word."""
+    word_of_token = torch.as_tensor(word_of_token).tolist()
+    if not any(word in phrase for phrase in phrases for word in word_of_token):
+        phrases = [[word] for word in sorted({*word_of_token} - {-1})]
+    rows = [[word in phrase for word in word_of_token] for phrase in phrases]
+    member = torch.tensor(rows, dtype=torch.bool).view(len(rows), len(word_of_token))
+    return member[member.any(1)]
+
 
 # Tags: X in no phrase (articles, pronouns, auxiliaries, adverbs), P preposition, A frequent
 # adjective or number, V frequent verb form. Other words go by their ending; the rest are nouns.
@@ -268,8 +312,9 @@ WORDS_OF_TAG = {
     others own same several some the their these this those my our your and as but how if or so
     that though what when where while he here herself him himself i it itself me she someone
     something them there they us we you which who ahead almost also apart away backwards forward
-    just not outdoors indoors overhead sideways still together too upside very well yet 're 's n't
-    am are be been being can do does has have had is may was were will would could""",
+    just not outdoors indoors overhead sideways still together too upside very well yet 's n't
+    're 'll 've 'd 'm am are be been being can do does has have had is may was were will would
+    could""",
     "P": """about above across after against along alongside among around at atop before behind
     below beneath beside between by down during for from in inside into like near of off on onto
     out outside over past through to toward towards under underneath up upon with within without""",
@@ -287,6 +332,9 @@ WORDS_OF_TAG = {
     throw thrown try use wait walk watch wear worn""",
 }
 TAGS = {word: tag for tag, words in WORDS_OF_TAG.items() for word in words.split()}
+# Where punctuation stands alone, these are left of 's, n't, 're, 'll, 've, 'd, 'm behind the quote.
+QUOTES = ("'", "\u2019")
+CONTRACTED = ("s", "t", "re", "ll", "ve", "d", "m")
 ARTICLES = ("a", "an", "the", "his", "her", "their", "its", "some")
 PARTICIPLE = re.compile(r"..(ing|.ed)$")
 LONG_PREPOSITION = re.compile(
@@ -340,8 +388,13 @@ def tag_words(words):
     words = [*words, ""]
     tags = [tag_word(word) for word in words]
     for n, word in enumerate(words):
-        previous, before = words[n - 1], tags[n - 1]
-        if tags[n] == "V":
+        previous = words[n - 1]
+        before = tags[n - 1]
+        if word in CONTRACTED and previous in QUOTES:
+            tags[n] = "X"
+            if word == "t":  # is n't: isn ' t
+                tags[n - 2] = "X"
+        elif tags[n] == "V":
             tags[n] = tag_verb(word, previous, before, tags[n + 1])
         elif tags[n] == "A" and tags[n + 1] in "PX." and (previous in ARTICLES or before == "P"):
             tags[n] = "N"  # the young

@@ -2,13 +2,16 @@
 
 Letters: B pairs, T text positions, R regions, S = T + R, D hidden size, V vocabulary, F feature
 size; A captions and I images that are prepared once and then meet in N pairs; L positions of
-either; h heads, each d = D / h wide; q chosen places. Every mask: True = real, None = all is.
-A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions."""
+either; h heads, each d = D / h wide; q chosen places. Every mask is bool, True = real, and None
+means that all is. A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions.
+
+Reading order: TagsDC.forward, and what it calls. The last section, the fast path, last of all."""
 
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,9 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's epsilon
-TEMPERATURE = 0.1  # of the similarity; a learnt one falls to 0.03 and overfits
 PRESETS = {
-    "flat": dict(hidden=256, layers=2, heads=4, intermediate=1024, max_positions=64),
     "tiny": dict(hidden=128, layers=3, heads=4, intermediate=512, max_positions=64),
     "small": dict(hidden=256, layers=4, heads=4, intermediate=1024, max_positions=64),
     "base": dict(hidden=768, layers=12, heads=12, intermediate=3072),
@@ -38,7 +39,6 @@ class Config:
     intermediate: int = 3072  # width of the feed-forward part
     max_positions: int = 512  # longest text
     dropout: float = 0.1
-    similarity: bool = False  # added to the matching logits, see TagsDC.similarity
 
     @classmethod
     def preset(cls, name, **changes):
@@ -100,7 +100,9 @@ class Layer(nn.Module):  # a post-norm BERT layer
         super().__init__()
         D = config.hidden
         self.heads = config.heads
-        self.attention = nn.ModuleDict({n: nn.Linear(D, D) for n in ("query", "key", "value")})
+        self.query = nn.Linear(D, D)
+        self.key = nn.Linear(D, D)
+        self.value = nn.Linear(D, D)
         self.attention_dropout = config.dropout
         self.out = nn.Linear(D, D)
         self.attention_norm = layer_norm(D)
@@ -109,22 +111,19 @@ class Layer(nn.Module):  # a post-norm BERT layer
         self.norm = layer_norm(D)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, qkv=None):
-        """(N, S, D), mask (N, S) or None -> (N, S, D). qkv: as in `gather`."""
-        return self.finish(x, self.gather(x, mask, qkv))
-
-    def gather(self, x, mask, qkv=None):
-        """Multi-head self-attention, what each position takes from all: (N, S, D) -> (N, S, D).
-        qkv: query, key and value, (N, S, D) each, if known already."""
-        if qkv is None:
-            qkv = [part(x) for part in self.attention.values()]
-        # (N, h, S, d) each: a head is a part of the columns.
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv)
+    def forward(self, x, mask=None, places=None):
+        """(N, S, D), mask (N, S) or None -> (N, S, D).
+        places: (q,) flat positions in (N, S); after attention they alone go on -> (q, D)."""
+        # Self-attention. A head is a part of the columns: (N, h, S, d).
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.key(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        return context.transpose(1, 2).flatten(2)  # the heads side by side again
-
-    def finish(self, x, context):
-        """What follows attention, each position for itself: (..., D), (..., D) -> (..., D)."""
+        context = context.transpose(1, 2).flatten(2)  # (N, S, D), the heads side by side again
+        if places is not None:
+            x = take_places(x, places)
+            context = take_places(context, places)
+        # What follows is done at each position for itself.
         x = self.attention_norm(x + self.dropout(self.out(context)))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
@@ -140,15 +139,11 @@ class WordHead(nn.Module):  # BERT's masked-LM head, its decoder tied to the wor
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
 
 
-@dataclass
-class Prepared:
-    """What captions or images bring to every pair they meet, whoever the partner is."""
+class Prepared(NamedTuple):
+    """Captions or images as the encoder takes them, whoever their partners will be."""
 
     states: torch.Tensor  # (A, L, D) embeddings
-    qkv: torch.Tensor  # (A, L, 3D) query, key and value of the first layer
-    mask: torch.Tensor  # (A, L) bool
-    mean: torch.Tensor  # (A, D) of the real embeddings; a text's times an image's: similarity
-    padded: bool  # False: the mask is True everywhere
+    mask: torch.Tensor | None  # (A, L) bool, None = all is real
 
 
 class TagsDC(nn.Module):
@@ -172,68 +167,63 @@ class TagsDC(nn.Module):
         self.apply(initialise)
         nn.init.normal_(self.text.word.weight, std=config.hidden**-0.5)  # tied logits of size 1
 
-    def forward(self, input_ids, features, boxes, text_mask, region_mask):
+    def forward(self, input_ids, features, boxes, text_mask=None, region_mask=None):
         """Encodes B pairs: input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as shares of
         the picture (x1, y1, x2, y2, w, h, w * h), text_mask (B, T) and region_mask (B, R).
         Returns hidden (B, T + R, D), text first. No real row depends on what lies in padding."""
-        pair = torch.arange(len(input_ids), device=input_ids.device)
         texts = self.prepare_text(input_ids, text_mask)
         images = self.prepare_regions(features, boxes, region_mask)
+        pair = torch.arange(input_ids.size(0), device=input_ids.device)
         return self.encode_pairs(texts, pair, images, pair)
 
     def prepare_text(self, input_ids, text_mask=None):
         """Embeds captions, once, whatever images they will meet: (A, T) long -> Prepared."""
-        return prepared(self, self.text(input_ids, self.token_type.weight[0]), text_mask)
+        check_mask(text_mask, input_ids.shape)
+        return Prepared(self.text(input_ids, self.token_type.weight[0]), text_mask)
 
     def prepare_regions(self, features, boxes, region_mask=None):
         """The same for images: (I, R, F) and (I, R, 7) -> Prepared."""
-        states = self.region(features, boxes, self.token_type.weight[1])
-        area = boxes[..., 6]  # (I, R)
-        largest = area == area.amax(1, keepdim=True)  # which is often the whole picture
-        return prepared(self, states, region_mask, largest)
+        check_mask(region_mask, features.shape[:2])
+        return Prepared(self.region(features, boxes, self.token_type.weight[1]), region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index, last=None):
+    def encode_pairs(self, texts, text_index, images, image_index, places=None):
         """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D).
-        last: what stands for the last layer, None = itself; its result is returned."""
+        places: (q,) flat positions in the texts (N, T); what is encoded there alone -> (q, D)."""
         x = torch.cat((texts.states[text_index], images.states[image_index]), 1)
-        qkv = torch.cat((texts.qkv[text_index], images.qkv[image_index]), 1)
         mask = None
-        if texts.padded or images.padded:
-            mask = torch.cat((texts.mask[text_index], images.mask[image_index]), 1)
-        return self.encode(x, mask, qkv.chunk(3, -1), last)
+        if texts.mask is not None or images.mask is not None:
+            mask = torch.cat((mask_of(texts)[text_index], mask_of(images)[image_index]), 1)
+        if places is not None:
+            T = texts.states.size(1)
+            places = places // T * x.size(1) + places % T  # the same among (N, S) positions
+        return self.encode(x, mask, places)
 
-    def encode(self, x, mask, qkv=None, last=None):
-        """All layers, (N, S, D) -> (N, S, D). qkv: of the first layer, if known. last: as above."""
-        for layer in [*self.layers[:-1], last or self.layers[-1]]:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, qkv, use_reentrant=False)
-            else:
-                x = layer(x, mask, qkv)
-            qkv = None  # later layers make their own
-        return x
+    def encode(self, x, mask=None, places=None):
+        """All layers: (N, S, D) -> (N, S, D). places: as in Layer, of the last one."""
+        for layer in self.layers[:-1]:
+            x = self.run_layer(layer, x, mask)
+        return self.run_layer(self.layers[-1], x, mask, places)
+
+    def run_layer(self, layer, x, mask, places=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x, mask, places, use_reentrant=False)
+        return layer(x, mask, places)
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
-        """match(encode_pairs(...)) + similarity(...) for less work, `batch` pairs in one pass ->
-        (N,) logits."""
-        return fast_scores(self, texts, text_index, images, image_index, batch)
-
-    def similarity(self, texts, text_index, images, image_index):
-        """What can be said of the pairs without the encoder, which is most where data are few:
-        cosine of the mean embeddings / TEMPERATURE -> (N,), or 0 if the config has none."""
-        if not self.config.similarity:
-            return 0.0
-        return (texts.mean[text_index] * images.mean[image_index]).sum(-1)
-
-    def encode_places(self, texts, text_index, images, image_index, places):
-        """encode_pairs(...)[:, :T].flatten(0, 1)[places] for less work: (q,) long -> (q, D)."""
-        T, R = texts.states.size(1), images.states.size(1)
-        places = places // T * (T + R) + places % T  # the same among (N, S) positions
-        last = partial(places_alone, self.layers[-1], places)
-        return self.encode_pairs(texts, text_index, images, image_index, last)
+        """match(encode_pairs(...)) for less work, `batch` pairs in one pass -> (N,) logits."""
+        batch = batch or max(text_index.size(0), 1)
+        if can_pack(texts, images):
+            return packed_scores(self, texts, text_index, images, image_index, batch)
+        T = texts.states.size(1)
+        logits = []
+        for t, i in zip(text_index.split(batch), image_index.split(batch)):
+            cls = torch.arange(t.size(0), device=t.device) * T  # the first position of each text
+            hidden = self.encode_pairs(texts, t, images, i, cls)  # (n, D)
+            logits.append(self.match(hidden[:, None]))
+        return torch.cat(logits)
 
     def match(self, hidden):
-        """Matching logits (B,) of hidden (B, S, D), read off [CLS]. s(I, T) is the sigmoid of their
-        sum with `similarity`, which is 0 in UNITER."""
+        """Matching logits (B,) of hidden (B, S, D), read off [CLS]; s(I, T) is their sigmoid."""
         with autocast(hidden.device, torch.float32):  # in bfloat16 one of 256 would tie
             cls = hidden[:, 0].to(self.matching.weight.dtype)
             return self.matching(torch.tanh(self.pooler(cls)))[:, 0]
@@ -275,7 +265,7 @@ class TagsDC(nn.Module):
         return {"loaded": sorted(loaded), "initialised": initialised, "ignored": ignored}
 
     def export_uniter(self):
-        """The weights under official names, for the official code, which has no similarity."""
+        """The weights under official names, for the official code."""
         weights = {official_name(name): value.clone() for name, value in self.state_dict().items()}
         return weights | {name: weights[WORDS] for name in TIED}
 
@@ -289,39 +279,70 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.03)
 
 
+def check_mask(mask, shape):
+    """ValueError unless a mask is None or bool of this shape: numbers would be added to scores."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        found = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"a mask must be torch.bool {tuple(shape)}, True = real; got {found}")
+
+
+def mask_of(prepared):
+    """The mask (A, L) of what is Prepared, also where none was given."""
+    if prepared.mask is None:
+        return prepared.states.new_ones(prepared.states.shape[:2], dtype=torch.bool)
+    return prepared.mask
+
+
+def take_places(x, places):
+    """Rows of x (N, S, D) at flat places (q,) -> (q, D). The last layer at [CLS] alone: scoring is
+    1.2 times as fast."""
+    return F.embedding(places, x.flatten(0, 1))  # the gradient of x[places] is slow on a CPU
+
+
 # ---- official names ----------------------------------------------------------------------------
 
 WORDS = "uniter.embeddings.word_embeddings.weight"
 TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
 VOCABULARY = (WORDS, "cls.predictions.bias", "correction_output.predictions.bias")
-NAMES = {  # a prefix of official names: "ours=the rest of theirs"; # is the number of a layer
-    "uniter.embeddings.": """text.word=word_embeddings text.position=position_embeddings
-        text.norm=LayerNorm token_type=token_type_embeddings""",
-    "uniter.img_embeddings.": """region.feature=img_linear region.feature_norm=img_layer_norm
-        region.box=pos_linear region.box_norm=pos_layer_norm region.norm=LayerNorm""",
-    "uniter.encoder.layer.#.": """layers.#.attention.query=attention.self.query
-        layers.#.attention.key=attention.self.key layers.#.attention.value=attention.self.value
-        layers.#.out=attention.output.dense layers.#.attention_norm=attention.output.LayerNorm
-        layers.#.up=intermediate.dense layers.#.down=output.dense layers.#.norm=output.LayerNorm""",
-    "": "pooler=uniter.pooler.dense matching=rank_output discrimination=disc_output",
-    "cls.predictions": "mlm= mlm.transform=.transform.dense mlm.norm=.transform.LayerNorm",
-    "correction_output.predictions": """correction= correction.transform=.transform.dense
-        correction.norm=.transform.LayerNorm""",
+OFFICIAL = {  # our module: theirs, {} is the number of a layer
+    "text.word": "uniter.embeddings.word_embeddings",
+    "text.position": "uniter.embeddings.position_embeddings",
+    "text.norm": "uniter.embeddings.LayerNorm",
+    "token_type": "uniter.embeddings.token_type_embeddings",
+    "region.feature": "uniter.img_embeddings.img_linear",
+    "region.feature_norm": "uniter.img_embeddings.img_layer_norm",
+    "region.box": "uniter.img_embeddings.pos_linear",
+    "region.box_norm": "uniter.img_embeddings.pos_layer_norm",
+    "region.norm": "uniter.img_embeddings.LayerNorm",
+    "layers.query": "uniter.encoder.layer.{}.attention.self.query",
+    "layers.key": "uniter.encoder.layer.{}.attention.self.key",
+    "layers.value": "uniter.encoder.layer.{}.attention.self.value",
+    "layers.out": "uniter.encoder.layer.{}.attention.output.dense",
+    "layers.attention_norm": "uniter.encoder.layer.{}.attention.output.LayerNorm",
+    "layers.up": "uniter.encoder.layer.{}.intermediate.dense",
+    "layers.down": "uniter.encoder.layer.{}.output.dense",
+    "layers.norm": "uniter.encoder.layer.{}.output.LayerNorm",
+    "pooler": "uniter.pooler.dense",
+    "matching": "rank_output",
+    "mlm": "cls.predictions",
+    "mlm.transform": "cls.predictions.transform.dense",
+    "mlm.norm": "cls.predictions.transform.LayerNorm",
+    "discrimination": "disc_output",
+    "correction": "correction_output.predictions",
+    "correction.transform": "correction_output.predictions.transform.dense",
+    "correction.norm": "correction_output.predictions.transform.LayerNorm",
 }
-OFFICIAL = {}
-for prefix, pairs in NAMES.items():
-    for pair in pairs.split():
-        ours, rest = pair.split("=")
-        OFFICIAL[ours] = prefix + rest
 # What a head that plain UNITER lacks starts as; matching as the row "match" of two.
 COPIES = {"rank_output": "itm_output", "disc_output": "itm_output", "correction_output": "cls"}
 
 
 def official_name(name):
     """Our name of a parameter -> the official one."""
-    number = re.search(r"\d+", name)
-    module, _, leaf = re.sub(r"\d+", "#", name).rpartition(".")
-    return f"{OFFICIAL[module]}.{leaf}".replace("#", number[0] if number else "")
+    module, _, leaf = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"{OFFICIAL[module]}.{leaf}"
+    _, number, part = module.split(".")
+    return f"{OFFICIAL[f'layers.{part}'].format(number)}.{leaf}"
 
 
 def official_weights(state_dict):
@@ -391,70 +412,32 @@ def attend(q, k, v, mask, dropout):
     return weights.to(v.dtype) @ v
 
 
-def prepared(model, states, mask, largest=0.0):
-    """Embeddings (A, L, D) with query, key and value of the first layer, once. Gain: 1.06.
-    largest: (A, L), of regions: counts in the mean as much as all regions together."""
-    qkv = torch.cat([part(states) for part in model.layers[0].attention.values()], -1)
-    real = torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask
-    weight = real * (largest + 1 / real.sum(1, keepdim=True).clamp(min=1))  # (A, L)
-    mean = F.normalize((states * weight[..., None]).sum(1), dim=-1) * TEMPERATURE**-0.5
-    return Prepared(states, qkv, real, mean, mask is not None)
+def can_pack(texts, images):
+    """Whether packed_scores pays: there is padding, and no GPU that would wait for the lengths."""
+    padded = texts.mask is not None or images.mask is not None
+    return padded and texts.states.device.type == "cpu"
 
 
-def places_alone(layer, places, x, mask, qkv=None):
-    """The last layer at flat places (q,) alone: (N, S, D) -> (q, D). Gain: 1.20 in float32."""
-    context = layer.gather(x, mask, qkv).flatten(0, 1)
-    return layer.finish(F.embedding(places, x.flatten(0, 1)), F.embedding(places, context))
-
-
-def cls_alone(layer, x, mask, qkv=None):
-    """The last layer at position 0 alone: (N, S, D) -> (N, 1, D). Gain: 1.47 in float32.
-    With one query, q (x Wk)' is cheaper as (q Wk) x', and a (x Wv) as (a x) Wv: the h queries meet
-    x itself (the bias of keys changes no attention a). Gain: 1.05, training 1.16 / 1.05."""
-    query, key, value = layer.attention.values()
-    split = (layer.heads, -1)
-    dropout = layer.attention_dropout if layer.training else 0.0
-    with autocast(x.device, torch.float32):
-        q = query(x[:, 0]).unflatten(1, split)  # (N, h, d)
-        q = torch.einsum("nhd,hdD->nhD", q, key.weight.unflatten(0, split))
-        q = q[:, None] * layer.heads**0.5  # attend divides by D**0.5, not d**0.5
-        a = attend(q, x[:, None], x[:, None], mask, dropout)[:, 0]  # (N, h, D)
-        context = torch.einsum("nhD,hdD->nhd", a, value.weight.unflatten(0, split))
-    return layer.finish(x[:, :1], (context.flatten(1) + value.bias)[:, None])
-
-
-def can_pack(device):
-    return device.type == "cpu"  # a GPU would wait for the lengths
-
-
-def fast_scores(model, texts, text_index, images, image_index, batch):
-    """TagsDC.score_pairs: on a CPU pairs of about one length share a pass, and no padding stands
-    between text and regions. Gain: 1.52 / 1.41."""
-    A, T = texts.mask.shape
-    R = images.mask.size(1)
-    device = text_index.device
+def packed_scores(model, texts, text_index, images, image_index, batch):
+    """TagsDC.score_pairs on a CPU: pairs of about one length share a pass, and no padding stands
+    between text and regions. Gain: 1.43 / 1.33."""
+    A, T = texts.states.shape[:2]
+    R = images.states.size(1)
     # All positions of all texts and images below each other, and where among them a pair lies.
     states = torch.cat((texts.states.flatten(0, 1), images.states.flatten(0, 1)))
-    qkv = torch.cat((texts.qkv.flatten(0, 1), images.qkv.flatten(0, 1)))
-    words = text_index[:, None] * T + torch.arange(T, device=device)
-    regions = image_index[:, None] * R + torch.arange(R, device=device) + A * T
-    places = torch.cat((words, regions), 1)  # (N, S)
-    mask = torch.cat((texts.mask[text_index], images.mask[image_index]), 1)
-    packed = can_pack(device)
-    padded = texts.padded or images.padded
-    last = partial(cls_alone, model.layers[-1])
-    order = mask.sum(1).argsort() if packed else torch.arange(len(mask), device=device)
+    words = text_index[:, None] * T + torch.arange(T)
+    regions = image_index[:, None] * R + torch.arange(R) + A * T
+    positions = torch.cat((words, regions), 1)  # (N, S)
+    mask = torch.cat((mask_of(texts)[text_index], mask_of(images)[image_index]), 1)  # (N, S)
+    order = mask.sum(1).argsort()
     logits = []
-    for pairs in order.split(batch or max(len(order), 1)):
-        rows, real = places[pairs], mask[pairs]
-        if packed:  # the real positions first, as many as the longest pair has
-            real, front = real.sort(dim=1, descending=True, stable=True)
-            longest = real.any(0).sum().clamp(min=1)
-            real = real[:, :longest]
-            rows = rows.gather(1, front)[:, :longest]
-            padded = not real.all()
-        first = F.embedding(rows, qkv).chunk(3, -1)
-        cls = model.encode(F.embedding(rows, states), real if padded else None, first, last)
-        similarity = model.similarity(texts, text_index[pairs], images, image_index[pairs])
-        logits.append(model.match(cls) + similarity)
+    for pairs in order.split(batch):
+        # The real positions first, as many as the longest pair has.
+        kept, front = mask[pairs].sort(dim=1, descending=True, stable=True)
+        longest = int(kept.any(0).sum().clamp(min=1))
+        kept = kept[:, :longest]
+        x = F.embedding(positions[pairs].gather(1, front)[:, :longest], states)
+        cls = torch.arange(len(pairs)) * longest
+        hidden = model.encode(x, None if kept.all() else kept, cls)  # (n, D)
+        logits.append(model.match(hidden[:, None]))
     return torch.cat(logits)[order.argsort()]

@@ -8,7 +8,7 @@ numbers are those of the data a size is for.
   score    ours: evaluate.score_matrix. plain: `Plain`, float32, batches of different captions
            padded to the longest. official: the same with one caption to a batch, as in the
            official inference, so that only regions are padded.
-  step     ours: tagsdc.training_step and backward, M = K = 20, H = 31, pools of 399. plain:
+  step     ours: tagsdc.tailored_step and backward, M = K = 20, H = 31, pools of 399. plain:
            `plain_step` and backward, the same draws; it scores candidates that the filter drops
            and applies the vocabulary matrix everywhere.
   savings  each saving of scoring alone: seconds without it over seconds with it.
@@ -125,7 +125,7 @@ class Made:
         most = self.mask[images].sum(1).max()
         return tuple(x[images, :most] for x in (self.features, self.boxes, self.mask))
 
-    def own_captions(self, split, images):
+    def true_captions(self, split, images):
         every = len(self.ids) // len(self.features)
         return self.ids[images[:, None] * every + torch.arange(every)]
 
@@ -236,10 +236,8 @@ class Plain:
 def plain_negatives(plain, batch, args, vocabulary_range, device_rng):
     """What plain_step learns from: (index, valid) of hard images and of hard texts, sentences
     (B, H, T), valid (B, H) and originals (B * H, T), -1 where a word is the caption's."""
-    ids, own, masked, labels = (
-        batch[name] for name in ("input_ids", "true_captions", "masked", "labels")
-    )
-    images = [batch[name] for name in ("features", "boxes", "region_mask")]
+    ids, own, masked, labels = batch.input_ids, batch.true_captions, batch.masked, batch.labels
+    images = [batch.features, batch.boxes, batch.region_mask]
     p, size, n = len(ids), args.score_batch, args.maskings * args.refills
     b, _, t = masked.shape
     anchors = ids[:b, :t]
@@ -247,10 +245,10 @@ def plain_negatives(plain, batch, args, vocabulary_range, device_rng):
     image_scores = plain.score(ids, row.repeat_interleave(p), images, other, size).view(b, p)
     text_scores = plain.score(ids, other, images, row.repeat_interleave(p), size).view(b, p)
     false_images = generate.select_hardest(
-        image_scores, ~generate.is_true(ids[:b].expand(p, b, -1), own).T, args.hard
+        image_scores, ~generate.equals_a_caption(ids[:b].expand(p, b, -1), own, 0).T, args.hard
     )
     false_texts = generate.select_hardest(
-        text_scores, ~generate.is_true(ids.expand(b, p, -1), own[:b]), args.hard
+        text_scores, ~generate.equals_a_caption(ids.expand(b, p, -1), own[:b], 0), args.hard
     )
 
     def fill(ids, index, places):
@@ -269,17 +267,17 @@ def plain_negatives(plain, batch, args, vocabulary_range, device_rng):
     )
     every = torch.arange(b * n, device=ids.device)
     scores = plain.score(candidates.flatten(0, 1), every, images, row.repeat_interleave(n), size)
-    usable = generate.drop_non_negatives(candidates, own[:b])
+    usable = generate.usable_candidates(candidates, anchors, own[:b], 0)
     index, valid = generate.select_hardest(scores.view(b, n), usable, args.hard)
     sentences = candidates.gather(1, index[..., None].expand(-1, -1, t))
-    sentences = torch.where(valid[..., None], sentences, 0)
-    replaced = valid[..., None] & (sentences != anchors[:, None])
+    sentences = torch.where(valid[..., None], sentences, anchors[:, None])
+    replaced = sentences != anchors[:, None]
     originals = torch.where(replaced, anchors[:, None], -1).flatten(0, 1)
     return false_images, false_texts, sentences, valid, originals
 
 
 def plain_step(plain, data, args, rng, device_rng, device):
-    """The loss of tagsdc.training_step with the same draws."""
+    """The loss of tagsdc.tailored_step with the same draws."""
     captions = tagsdc.draw_pairs(data.splits["train"], args.pool, rng)
     batch = tagsdc.make_batch(
         data, "train", captions, args.batch_size, device, rng, args.maskings, args.mask_probability
@@ -287,8 +285,8 @@ def plain_step(plain, data, args, rng, device_rng, device):
     with torch.no_grad():
         found = plain_negatives(plain, batch, args, data.tokenizer.word_range, device_rng)
     (false_images, image_valid), (false_texts, text_valid), sentences, valid, originals = found
-    ids, masked, labels = (batch[name] for name in ("input_ids", "masked", "labels"))
-    images = [batch[name] for name in ("features", "boxes", "region_mask")]
+    ids, masked, labels = batch.input_ids, batch.masked, batch.labels
+    images = [batch.features, batch.boxes, batch.region_mask]
     b, h, t = sentences.shape
     row = torch.arange(b, device=device)
     every, sentences = row.repeat_interleave(h), sentences.flatten(0, 1)
@@ -300,14 +298,16 @@ def plain_step(plain, data, args, rng, device_rng, device):
         "tags": (plain.match(hidden), valid),
     }
     terms = {
-        name: losses.triplet_loss(positive, logits.sigmoid().view(b, h), args.margin, ok)
+        name: losses.triplet_loss(
+            positive, logits.sigmoid().view(b, h), margin=args.margin, valid=ok
+        )
         for name, (logits, ok) in triplets.items()
     }
     terms["wod"] = losses.word_discrimination_loss(
         plain.linear("disc_output", hidden[:, :t]),
         originals >= 0,
-        sentences != 0,
-        args.original_weight,
+        (sentences != 0) & valid.flatten()[:, None],
+        original_weight=args.original_weight,
     )
     terms["woc"] = losses.word_correction_loss(
         plain.words("correction_output", hidden[:, :t]), originals
@@ -439,20 +439,17 @@ def step(args, model, data):
         "--writer-sees=own",
     ]
     options = tagsdc.parse_arguments(options)
-    objective = losses.Objective(
-        model.train(), data.tokenizer.pad_id, options.margin, options.original_weight
-    )
+    model.train()
 
     def run(kind):
-        options.dtype, draws = (
-            kind,
-            (torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0), device),
-        )
-        loss = (
-            plain_step(plain, data, options, *draws)
-            if kind == "plain"
-            else tagsdc.training_step(objective, data, options, WEIGHTS, *draws)[0]
-        )
+        rng = torch.Generator().manual_seed(0)
+        device_rng = torch.Generator(device).manual_seed(0)
+        if kind == "plain":
+            loss = plain_step(plain, data, options, rng, device_rng, device)
+        else:
+            options.dtype = str(kind).removeprefix("torch.")
+            draws = (device, rng, device_rng)
+            loss, _ = tagsdc.tailored_step(model, model, data, options, WEIGHTS, *draws)
         loss.backward()
         return loss.detach()
 
@@ -478,20 +475,6 @@ def step(args, model, data):
     )
 
 
-def every_row(layer, x, mask, qkv=None):
-    """model.cls_alone with the keys and values of every row worked out."""
-    query, key, value = layer.attention.values()
-    q, k, v = query(x[:, :1]), key(x), value(x)
-    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (q, k, v))
-    context = model_module.attend(q, k, v, mask, 0.0)
-    return layer.finish(x[:, :1], context.transpose(1, 2).flatten(2))
-
-
-def whole_layer(layer, x, mask, qkv=None):
-    """model.cls_alone for all rows."""
-    return layer(x, mask, qkv)
-
-
 def fused(q, k, v, mask, dropout):
     """model.attend without plain products."""
     mask = None if mask is None else mask[:, None, None]
@@ -499,11 +482,10 @@ def fused(q, k, v, mask, dropout):
 
 
 def savings(args, model, data):
-    text, image, scored, encode = (
+    text, image, scored = (
         model.prepare_text,
         model.prepare_regions,
         model.score_pairs,
-        model.encode,
     )
     replace, rows = mock.patch.object, []
     row = torch.arange(args.batch, device=args.device)
@@ -520,12 +502,13 @@ def savings(args, model, data):
             )
         return torch.cat(logits)
 
-    def first_anew(x, mask, qkv=None, last=None):  # in place of model.encode
-        return encode(x, mask, None, last)
+    def whole_layers(layer, x, mask, places=None):  # in place of model.run_layer
+        x = layer(x, mask)
+        return x if places is None else model_module.take_places(x, places)
 
     without = {  # name: [functions that make a context without the saving]
         "all": [],
-        "embeddings and first q, k, v once, not per pair": [
+        "embeddings once, not per pair": [
             partial(replace, model, name, value)
             for name, value in (
                 ("prepare_text", given),
@@ -533,13 +516,9 @@ def savings(args, model, data):
                 ("score_pairs", each_anew),
             )
         ],
-        "first q, k, v once": [partial(replace, model, "encode", first_anew)],
-        "last layer for [CLS] alone": [partial(replace, model_module, "cls_alone", whole_layer)],
-        "... and its keys and values of no row": [
-            partial(replace, model_module, "cls_alone", every_row)
-        ],
+        "last layer for [CLS] alone": [partial(replace, model, "run_layer", whole_layers)],
         "pairs of equal length, not padding (CPU)": [
-            partial(replace, model_module, "can_pack", lambda device: False)
+            partial(replace, model_module, "can_pack", lambda texts, images: False)
         ],
         "attention by plain products (bfloat16, CPU)": [
             partial(replace, model_module, "attend", fused)

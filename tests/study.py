@@ -1,12 +1,13 @@
-"""`python tagsdc.py --study N`: what the paper claims, and what later work objects to, with N seeds.
+"""`python tests/study.py --seeds 5`: what the paper claims, and what later work objects to.
 
 All arms of a seed go on from one warm-up, for equally many steps, and differ in the options of
-ARMS alone. Every run is a process of its own under runs/study/; a finished one is not run again
-and an interrupted one goes on. Writes study.csv (a row a run) and study.md there, and
-curves.png into each run's folder. `--scenes`,
-`--steps`, `--phases` (warmup and dc), `--device`, `--dtype`, `--size` and `--out` are passed on.
+ARMS alone. Every run is a process of its own under --out; a finished one is not run again and an
+interrupted one goes on. Writes study.csv (a row a run) and study.md there, and curves.png into
+each run's folder. Other options are passed on to tagsdc.py: `--scenes`, `--steps`, `--phases`
+(warmup and dc), `--device`, `--dtype`, `--size`, `--val-images`, `--analyse-images`, `--log-every`.
 """
 
+import argparse
 import csv
 import json
 import math
@@ -57,12 +58,12 @@ def study(args):
 
     As many runs go side by side as there are cores: networks this small use many cores badly.
     """
-    jobs = [(arm, args.scenes[0], seed) for arm in ARMS for seed in range(args.study)]
+    jobs = [(arm, args.scenes[0], seed) for arm in ARMS for seed in range(args.seeds)]
     for images, arms in SCALES.items():
-        jobs += [(arm, images, seed) for arm in arms for seed in range(args.study)]
+        jobs += [(arm, images, seed) for arm in arms for seed in range(args.seeds)]
     warmups = dict.fromkeys((images, seed) for _, images, seed in jobs)
     if not {"warmup", "dc"} <= planned_steps(args).keys():
-        raise tagsdc.InputError("--study: --phases must have warmup and dc, and no --init")
+        raise tagsdc.InputError("--phases must have warmup and dc, and no --init")
     rows = []
     last = [job for job in jobs if job[0] == "retrieved, as long"]  # asks how long others took
     first = [job for job in dict.fromkeys(jobs) if job not in last]
@@ -87,7 +88,7 @@ def shared_options(args, images, seed):
 
 
 def planned_steps(args):
-    return {phase: steps for phase, steps, _, _ in tagsdc.phase_plan(args)}
+    return {phase.name: phase.steps for phase in tagsdc.plan_phases(args)}
 
 
 def run_warmup(args, images, seed):
@@ -102,7 +103,7 @@ def run_arm(args, arm, images, seed):
     steps = planned_steps(args)["dc"]
     if arm == "retrieved, as long":
         # Of the seeds' fastest runs, which other programs on the machine disturbed least.
-        folders = [folder_of(args, images, other) for other in range(args.study)]
+        folders = [folder_of(args, images, other) for other in range(args.seeds)]
         whole = min(seconds_of(place_of(other, "TAGS-DC")) for other in folders)
         part = min(seconds_of(place_of(other, "retrieved")) for other in folders)
         steps = round(steps * max(1, whole / part))
@@ -236,7 +237,7 @@ def write_results(args, rows):
     text = []
     for images in dict.fromkeys(row["images"] for row in rows):
         part = [row for row in rows if row["images"] == images]
-        text += [f"{images} training images, {args.study} seeds", "", *table(part), ""]
+        text += [f"{images} training images, {args.seeds} seeds", "", *table(part), ""]
         text += [*table(part, "retrieved"), ""]
     tagsdc.write_text(Path(args.out) / "study.md", "\n".join(text))
 
@@ -272,3 +273,23 @@ def table(rows, against=None):
         if set(cells) - {"-"}:
             lines.append("| " + " | ".join([measure, *cells]) + " |")
     return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", default="runs/study")
+    given, passed_on = parser.parse_known_args()
+    args = tagsdc.parse_arguments([*passed_on, "--out", given.out])
+    args.seeds = given.seeds
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    study(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except tagsdc.InputError as fault:
+        sys.exit(f"study.py: error: {fault}")

@@ -346,9 +346,9 @@ def test_long_text_is_cut_with_its_phrases(tmp_path):
     )
 
 
-def test_own_captions_and_images(tmp_path):
+def test_true_captions_and_images(tmp_path):
     data = tiny_data(tmp_path)
-    own = data.own_captions("train", torch.tensor([2, 0]))
+    own = data.true_captions("train", torch.tensor([2, 0]))
     assert own.shape[:2] == (2, 2) and own[0, 1].eq(data.tokenizer.pad_id).all()
     both = data.text("train", torch.tensor([0, 1]))
     assert torch.equal(own[1, :, : both.shape[1]], both)
@@ -1195,7 +1195,7 @@ def test_splits_of_one_image_and_images_of_1_and_100_regions(root, tmp_path):
     karpathy(root / "dataset_coco.json", images)
     data = load_data("coco", root, store=tmp_path)
     assert [data.image(split, [0])[2].sum() for split in ("train", "val", "test")] == [1, 100, 3]
-    assert data.own_captions("val", [0]).shape == (1, 1, 4)
+    assert data.true_captions("val", [0]).shape == (1, 1, 4)
 
 
 def test_an_enormous_num_boxes_and_a_file_without_line_ends(tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 
 import data as datasets
 import evaluate
-import probes
 from model import Config, TagsDC
 
 GOLDEN = Path(__file__).parent / "golden" / "public_metrics.npz"
@@ -369,42 +368,6 @@ def test_altered_captions_are_one_word_off_and_wrong(world):
     assert again[1] == texts and evaluate.altered_captions(world, "test", seed=2)[1] != texts
 
 
-def test_altered_captions_of_photographs_have_a_word_of_the_same_form_that_is_in_no_caption(world):
-    photographs = without_scenes(world)
-    content = photographs.splits["test"]
-    captions, texts, kinds = evaluate.altered_captions(photographs, "test", seed=1)
-    assert captions.tolist() == sorted(captions.tolist()) and len(set(captions.tolist())) > 40
-    assert len(set(zip(captions.tolist(), kinds))) == len(kinds)
-    assert {"object", "attribute"} <= set(kinds) <= {"object", "attribute", "number", "relation"}
-    known = {word for text in photographs.splits["train"].captions for word in text.split()}
-    for c, text, kind in zip(captions.tolist(), texts, kinds):
-        pairs = [*zip(text.split(), content.captions[c].split(), strict=True)]
-        ((new, old),) = [(new, old) for new, old in pairs if new != old]
-        image = c // 5
-        assert new in known and new not in " ".join(content.captions[5 * image : 5 * image + 5])
-        forms = [datasets.content_words(caption) for caption in (text, content.captions[c])]
-        (new_form,) = [form for _, word, form in forms[0] if word == new]
-        assert new_form in [form for _, word, form in forms[1] if word == old]
-        assert new_form[0] == kind
-    assert evaluate.altered_captions(photographs, "test", seed=1)[1] == texts
-    assert evaluate.altered_captions(photographs, "test", seed=2)[1] != texts
-
-
-def test_content_words_are_the_telling_ones_and_of_one_form_if_they_can_stand_for_each_other():
-    found = datasets.content_words("Two brown dogs run in front of an old fire hydrant")
-    assert [word for _, word, _ in found] == ["brown", "dogs", "run", "old", "hydrant"]
-
-    def form(caption):
-        return datasets.content_words(caption)[-1][2]
-
-    assert form("a red dog") == form("a blue cat") != form("a blue owl")
-    assert form("a man sees two dogs") != form("a man sees a dog")
-    assert form("a man in red") == form("a man in blue")  # red has no ending
-    assert form("a man and grass") == form("a man and snow") != form("a man and dogs")
-    (_, _, three), *_ = datasets.content_words("the three dogs")
-    assert three[0] == "number"
-
-
 def alone(model, world, text, image):
     return evaluate.score_sentences(model, world, "test", [text], torch.tensor([image])).item()
 
@@ -488,7 +451,8 @@ def test_altered_captions_are_only_in_the_way(world, model, scores, altered, mon
 
 def probe(tmp_path, world, model, content, name="some_probe"):
     (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    result = probes.run_probe(tmp_path / f"{name}.json", model, world, "test")
+    read = evaluate.read_probe(tmp_path / f"{name}.json")
+    result = evaluate.probe_metrics(read, model, world, "test")
     assert all(key.startswith(f"{name}_") for key in result)
     return {key.removeprefix(f"{name}_"): value for key, value in result.items()}
 
@@ -530,7 +494,7 @@ def test_foil_word_by_word(tmp_path, world, model):
     right, wrong = encode(world, [right, wrong]).split(1)
     judged = evaluate.judge_words(model, world, "test", wrong, torch.tensor([0]))
     by_hand = evaluate.word_metrics(*judged[1:], wrong, right)
-    assert {key: result[key] for key in by_hand} == pytest.approx(by_hand)
+    assert {key: result[key] for key in by_hand} == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model, scores):
@@ -565,13 +529,13 @@ def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model, sco
         '[{"image_file": "a", "caption": "b", "foil": ""}]',
     ],
 )
-def test_other_files_are_refused_in_one_line(tmp_path, world, model, content):
+def test_other_files_are_refused_in_one_line(tmp_path, content):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(datasets.InputError, match="odd.json") as fault:
-        probes.run_probe(tmp_path / "odd.json", model, world, "test")
+        evaluate.read_probe(tmp_path / "odd.json")
     assert "\n" not in str(fault.value)
     with pytest.raises(datasets.InputError, match="missing.json"):
-        probes.run_probe(tmp_path / "missing.json", model, world, "test")
+        evaluate.read_probe(tmp_path / "missing.json")
 
 
 # ---- more positives
@@ -592,7 +556,7 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     regions = type("Regions", (), {"feature_size": 1})
     world = datasets.Data("coco", None, regions, {"test": split})
     scores = torch.randint(0, 6, (8, 4), generator=generator).float()
-    assert probes.eccv_metrics(scores, world, "test", tmp_path) == {}
+    assert evaluate.read_positives(tmp_path) is None
     caption_ids, image_ids = [11, 5, 17, 99, 20, 21, 30, 31], [391895, 7, 42, 180]
     left_out = [1000, 1001]  # of an image that is not in this split, in the middle
     folder = tmp_path / "somewhere"
@@ -610,7 +574,8 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     }
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
-    result = probes.eccv_metrics(scores, world, "test", tmp_path)
+    positives = evaluate.read_positives(tmp_path)
+    result = evaluate.positives_metrics(positives, scores, world, "test")
     expected = {
         "eccv_tr": [(scores[:, 0], {0, 1, 2}, 4), (scores[:, 2], {4, 5, 7}, 3)],
         "eccv_ir": [(scores[0], {0, 1}, 2), (scores[7], {1, 2, 3}, 3)],
@@ -620,17 +585,32 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     for way, queries in expected.items():
         rows = [brute_force_precision(line.tolist(), *rest) for line, *rest in queries]
         for key, values in zip(("map_at_r", "rprecision", "r1"), zip(*rows)):
-            assert result[f"{way}_{key}"] == pytest.approx(100 * np.mean(values)), (way, key)
+            assert result[f"{way}_{key}"] == pytest.approx(100 * np.mean(values), abs=1e-4), (
+                way,
+                key,
+            )
         assert result[f"{way}_queries"] == len(queries)
+
+
+def test_harmed_files_of_more_positives_are_told_in_one_line(tmp_path):
+    np.save(tmp_path / "coco_test_ids.npy", np.array([11, 5]))
+    file = tmp_path / "original_caption_to_image.json"
+    for text in ("{", "[1]", '{"11": [3]}', '{"11": 3, "5": 3}'):
+        file.write_text(text)
+        with pytest.raises(datasets.InputError) as fault:
+            evaluate.read_positives(tmp_path)
+        assert "\n" not in str(fault.value) and str(tmp_path) in str(fault.value)
+    file.write_text('{"11": [3], "5": [3]}')
+    assert evaluate.read_positives(tmp_path).image_of_caption == {"11": "3", "5": "3"}
 
 
 def test_precision_by_hand():
     line, right = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]), torch.tensor([0, 2, 4])
-    values = probes.precision_at_r(line, right, 3).tolist()
+    values = evaluate.precision_at_r(line, right, 3).tolist()
     assert values == pytest.approx([(1 + 2 / 3) / 3, 2 / 3, 1.0])
-    values = probes.precision_at_r(torch.zeros(5), right, 3).tolist()
+    values = evaluate.precision_at_r(torch.zeros(5), right, 3).tolist()
     assert values == pytest.approx([1 / 9, 1 / 3, 0.0])  # wrong ones first
-    values = probes.precision_at_r(line, right[:2], 4).tolist()
+    values = evaluate.precision_at_r(line, right[:2], 4).tolist()
     assert values == pytest.approx([(1 + 2 / 3) / 4, 2 / 4, 1.0])
 
 
@@ -684,8 +664,8 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     assert any("rsum" in line and "12.3" in line for line in lines)
     assert "warm-up" not in evaluate.table(metrics, {})[0]
     photographs = evaluate.report(model, without_scenes(world), "test", scores, examples)
-    assert not {"fair_negatives", "oversensitivity"} & photographs.keys()
-    assert {"sentences_repaired", "one_word_wrong", "altered_tr_r1"} <= photographs.keys()
+    assert not {"fair_negatives", "oversensitivity", "one_word_wrong"} & photographs.keys()
+    assert "sentences_repaired" in photographs
 
 
 def test_search_finds_what_the_scores_say(tmp_path, world, model, scores):

@@ -398,6 +398,24 @@ def random_sentences(rows, count, longest, width, words, rng):
     return torch.where(torch.arange(width) < lengths, ids, PAD)
 
 
+def usable(candidates, captions, pad_id=PAD):
+    """usable_candidates of sentences that were made from one that they never equal."""
+    made_from = torch.full_like(candidates[:, 0], 99)
+    return generate.usable_candidates(candidates, made_from, captions, pad_id)
+
+
+def test_a_candidate_that_equals_the_caption_it_was_made_from_is_not_usable():
+    """Even where the given captions forget it."""
+    candidates = torch.tensor([[sentence(5, 6), sentence(5, 7)], [sentence(5, 6), sentence(8, 9)]])
+    made_from = torch.tensor([sentence(5, 6), sentence(8, 9)])
+    others = torch.tensor([[sentence(10, 11)], [sentence(10, 11)]])
+    found = generate.usable_candidates(candidates, made_from, others, PAD)
+    assert found.tolist() == [[False, True], [True, False]]
+    made = tailor(own=OTHERS[:, None])
+    equal = (made.sentences == CAPTIONS[:, None]).all(2)
+    assert made.valid.any(1).all() and not (equal & made.valid).any()
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("widths", [(4, 4), (3, 6), (6, 3)])
 def test_filter_is_exact(seed, widths):
@@ -409,7 +427,7 @@ def test_filter_is_exact(seed, widths):
     positives = random_sentences(5, 4, min(4, widths[1]), widths[1], 3, rng)
     positives[1, 2:] = PAD  # an image with fewer captions
     before = candidates.clone(), positives.clone()
-    valid = generate.drop_non_negatives(candidates, positives)
+    valid = usable(candidates, positives)
     assert torch.equal(valid, brute_force_valid(candidates, positives))
     assert valid.any() and not valid.all()
     assert torch.equal(candidates, before[0]) and torch.equal(positives, before[1])
@@ -418,7 +436,7 @@ def test_filter_is_exact(seed, widths):
 def test_filter_compares_sentences_within_a_row_only():
     same = torch.tensor([[sentence(5, 6)], [sentence(5, 6)]])
     own = torch.tensor([[sentence(7, 8)], [sentence(5, 6)]])
-    assert generate.drop_non_negatives(same, own).tolist() == [[True], [False]]
+    assert usable(same, own).tolist() == [[True], [False]]
 
 
 def test_filter_keeps_what_merely_resembles_a_caption():
@@ -436,12 +454,12 @@ def test_filter_keeps_what_merely_resembles_a_caption():
             ]
         ]
     )
-    assert generate.drop_non_negatives(near, own).tolist() == [[True, True, True, True, False]]
-    assert generate.drop_non_negatives(torch.tensor([[[CLS, 5, 6]]]), own).tolist() == [[True]]
+    assert usable(near, own).tolist() == [[True, True, True, True, False]]
+    assert usable(torch.tensor([[[CLS, 5, 6]]]), own).tolist() == [[True]]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_is_true_finds_exactly_the_equal_captions(seed):
+def test_equals_a_caption_finds_exactly_the_equal_captions(seed):
     rng = seeded(seed)
     sentences, positives = (
         random_sentences(3, 20, 3, 3, 2, rng),
@@ -451,7 +469,7 @@ def test_is_true_finds_exactly_the_equal_captions(seed):
         [any(s[:3] == p[:3] and not any(p[3:]) for p in own) for s in row]
         for row, own in zip(sentences.tolist(), positives.tolist())
     ]
-    assert generate.is_true(sentences, positives).tolist() == expected
+    assert generate.equals_a_caption(sentences, positives, PAD).tolist() == expected
 
 
 def test_another_padding_id_works_too():
@@ -459,7 +477,7 @@ def test_another_padding_id_works_too():
         torch.tensor([[[5, 6, 9], [5, 6, 0]]]),
         torch.tensor([[[5, 6, 9, 9, 9]]]),
     )
-    assert generate.drop_non_negatives(candidates, positives, pad_id=9).tolist() == [[False, True]]
+    assert usable(candidates, positives, pad_id=9).tolist() == [[False, True]]
 
 
 # ---- select
@@ -537,8 +555,9 @@ def tailor(
         fill,
         match,
         ids,
-        phrases,
         own,
+        phrases=phrases,
+        pad_id=PAD,
         mask_id=MASK,
         vocabulary_range=words,
         generator=seeded(seed),
@@ -565,7 +584,8 @@ def check_invariants(made, ids, own, phrases):
     assert torch.equal(made.labels, torch.where(new, ids[:, None], -1)), (
         "labels are the original word where it differs"
     )
-    assert (made.sentences[~made.valid] == PAD).all()
+    unused = ids[:, None].expand_as(made.sentences)[~made.valid]
+    assert torch.equal(made.sentences[~made.valid], unused), "a row that ran out holds the caption"
     assert (made.valid[:, 1:] <= made.valid[:, :-1]).all()
 
 
@@ -647,7 +667,9 @@ def test_true_captions_are_never_kept_however_well_they_match():
     excluded at all."""
 
     def match(ids, image):
-        return torch.where(generate.is_true(ids[:, None], OWN[image])[:, 0], 1e9, -1e9)
+        return torch.where(
+            generate.equals_a_caption(ids[:, None], OWN[image], PAD)[:, 0], 1e9, -1e9
+        )
 
     for seed in range(5):
         made = tailor(match=match, seed=seed, words=(5, 19), refills=20, hard=40)
@@ -708,7 +730,7 @@ def test_fewer_than_h_left():
     made = tailor(ids=ids, phrases=None, own=own, words=(5, 9), maskings=8, refills=16)
     assert made.valid.tolist() == [[True] * 2 + [False] * 6]
     assert sorted(made.sentences[0, :2, 1].tolist()) == [6, 8]
-    assert (made.sentences[0, 2:] == PAD).all() and (made.labels[0, 2:] == -1).all()
+    assert (made.sentences[0, 2:] == ids).all() and (made.labels[0, 2:] == -1).all()
 
 
 def hopeless():
@@ -766,14 +788,15 @@ def test_a_pair_without_negatives_gives_no_loss_no_gradient_and_no_nan(rows):
     regions = torch.ones(len(rows), 4, dtype=torch.bool)
     hidden = model(flat, features[image], boxes[image], flat != PAD, regions[image])
     words, labels = hidden[:, :3], made.labels.flatten(0, 1)
+    used = (flat != PAD) & made.valid.flatten()[:, None]
     positive = model.match(model(ids, features, boxes, ids != PAD, regions)).sigmoid()
     terms = [
         losses.triplet_loss(
-            positive, model.match(hidden).sigmoid().view(len(rows), 3), 0.2, made.valid
+            positive, model.match(hidden).sigmoid().view(len(rows), 3), valid=made.valid
         ),
         losses.masked_lm_loss(model.fill(words), labels),
         losses.word_correction_loss(model.correct(words), labels),
-        losses.word_discrimination_loss(model.discriminate(words), labels >= 0, flat != PAD),
+        losses.word_discrimination_loss(model.discriminate(words), labels >= 0, used),
     ]
     positive.retain_grad()
     sum(terms).backward()
@@ -787,8 +810,30 @@ def test_a_pair_without_negatives_gives_no_loss_no_gradient_and_no_nan(rows):
 
 
 def test_more_negatives_than_candidates_are_refused():
-    with pytest.raises(RuntimeError, match="out of range"):
+    with pytest.raises(ValueError, match="hard 31 exceeds 6 maskings x 5 refills"):
         tailor(maskings=6, refills=5, hard=31)
+    with pytest.raises(ValueError, match="hard 9 exceeds 4 maskings x 2 refills"):
+        tailor(masks=mask(CAPTIONS, PHRASES, 4), refills=2, hard=9)
+
+
+def test_captions_of_another_shape_are_refused():
+    for own in (CAPTIONS, OWN[:2], OWN[:, :, :, None]):
+        with pytest.raises(ValueError, match=r"captions must be \(B, C, T'\) = \(3, C, T'\)"):
+            tailor(own=own)
+
+
+def test_a_mask_id_among_the_words_is_refused():
+    """It would be written like a word, and masked."""
+    for call in (lambda: mask(CAPTIONS, PHRASES, words=(4, 25)), lambda: tailor(words=(1, 25))):
+        with pytest.raises(ValueError, match="mask_id 4 lies in vocabulary_range"):
+            call()
+
+
+def test_padding_must_be_told():
+    with pytest.raises(TypeError, match="pad_id"):
+        generate.tailor_negatives(
+            flat_fill, mock_match, CAPTIONS, OWN, mask_id=MASK, vocabulary_range=WORDS
+        )
 
 
 # ---- with the real model
@@ -1063,8 +1108,8 @@ def test_nothing_waits_for_a_device():
             fill,
             match,
             CAPTIONS.to("meta"),
-            None,
             OWN.to("meta"),
+            pad_id=PAD,
             mask_id=MASK,
             vocabulary_range=WORDS,
             refills=refills,
@@ -1143,6 +1188,11 @@ def test_phrases_against_the_reference():
             "relation: melting, attribute: beautiful, attribute: 3, object: cake",
         ),
         ("She is there .", ""),
+        ("the man ' s dog isn ' t near it", "object: man, object: dog"),
+        ("they ' re riding , we ' ll run", "relation: riding, relation: run"),
+        ("a woman \u2019 s hat I ' m I ' d I ' ve", "object: woman, object: hat"),
+        ("a man 's hat it 'll 've 'd 'm", "object: man, object: hat"),
+        ("a t - shirt", "object: t - shirt"),
         ("", ""),
         ("-", ""),
         ("- - -", ""),
@@ -1154,6 +1204,36 @@ def test_phrases_of(caption, phrases):
     parsed = generate.parse_phrases(words)
     got = [f"{kind}: {' '.join(words[i] for i in positions)}" for kind, positions in parsed]
     assert ", ".join(got) == phrases
+
+
+def test_phrase_masks_tell_which_tokens_belong_to_which_phrase():
+    """[CLS] a fire hyd ##rant on cur ##b [SEP]; the last phrase is cut off."""
+    word_of_token = [-1, 0, 1, 2, 2, 3, 4, 4, -1]
+    found = generate.phrase_masks([[1, 2], [3], [4], [7]], word_of_token)
+    rows = [row.nonzero().flatten().tolist() for row in found]
+    assert found.dtype == torch.bool and found.shape == (3, 9)
+    assert rows == [[2, 3, 4], [5], [6, 7]]
+    assert torch.equal(
+        found, generate.phrase_masks([[1, 2], [3], [4]], torch.tensor(word_of_token))
+    )
+
+
+def test_without_a_phrase_phrase_masks_has_a_row_for_each_word():
+    for phrases in ([], [[5]]):
+        found = generate.phrase_masks(phrases, [-1, 0, 0, 1, -1])
+        assert found.tolist() == [
+            [False, True, True, False, False],
+            [False, False, False, True, False],
+        ]
+    assert generate.phrase_masks([], [-1, -1]).shape == (0, 2)
+
+
+def test_phrase_masks_fit_mask_phrases():
+    ids = torch.tensor([sentence(5, 6, 7, 8)])
+    phrases = generate.phrase_masks([[0, 1], [3]], [-1, 0, 1, 2, 3, -1])[None]
+    _, labels = mask(ids, phrases, 200)
+    masked = {tuple(row.nonzero().flatten().tolist()) for row in labels[0] >= 0}
+    assert masked == {(1, 2), (4,), (1, 2, 4)}
 
 
 def test_phrases_are_disjoint_in_order_and_never_crash():
@@ -1177,7 +1257,7 @@ def test_phrases_of_strings_that_are_no_captions_do_not_crash():
 
 def test_wrong_shapes_of_writer_images_and_scores_are_told():
     ids = torch.tensor([[5, 6, 7], [6, 7, 8]])
-    options = dict(mask_id=4, vocabulary_range=(5, 9), maskings=3, refills=2, hard=1)
+    options = dict(pad_id=0, mask_id=4, vocabulary_range=(5, 9), maskings=3, refills=2, hard=1)
 
     def fill(ids, images, places):
         return torch.zeros(len(places), 9)
@@ -1187,10 +1267,6 @@ def test_wrong_shapes_of_writer_images_and_scores_are_told():
 
     with pytest.raises(ValueError, match="writer_images must be"):
         wrong = torch.zeros(3, 2, dtype=torch.long)
-        generate.tailor_negatives(
-            fill, match, ids, None, ids[:, None], writer_images=wrong, **options
-        )
+        generate.tailor_negatives(fill, match, ids, ids[:, None], writer_images=wrong, **options)
     with pytest.raises(ValueError, match="match must return"):
-        generate.tailor_negatives(
-            fill, lambda *a: match(*a)[:, None], ids, None, ids[:, None], **options
-        )
+        generate.tailor_negatives(fill, lambda *a: match(*a)[:, None], ids, ids[:, None], **options)

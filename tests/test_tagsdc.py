@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import probes
+import evaluate
 import tagsdc
 from test_data import damage
 
@@ -113,19 +113,6 @@ def test_training_learns(world, tmp_path, no_report):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_contrast_learns_and_its_similarity_stays_with_the_checkpoint(world, tmp_path, capsys):
-    shape = "--phases warmup=1 --steps 40 --words-first 0.9 --log-every 10 --val-images 5"
-    rerun(tmp_path / "run", world, *shape.split(), "--lambda-itc", "1", "--contrast-pool", "24")
-    found = [float(row["itc"]) for row in rows(tmp_path / "run")]
-    assert found[0] > found[-1] > 0 and found[0] > 3  # two choices among 24
-    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["config"]["similarity"]
-    first = metrics(tmp_path / "run")["test"]
-    capsys.readouterr()
-    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt"), "--device", "cpu"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rsum"))
-    assert float(line.split()[-1]) == pytest.approx(first["rsum"], abs=0.01)
-
-
 def test_the_best_validation_of_the_last_phase_is_what_is_reported(world):
     best = torch.load(world / "best.pt", weights_only=True)["progress"]["best"]
     validated = [row for row in rows(world) if row["phase"] == "dc" and row["val_rsum"]]
@@ -176,9 +163,26 @@ def test_without_synthetic_terms_nothing_is_generated(world, tmp_path, monkeypat
 
 @pytest.mark.parametrize("term", ["tags", "mlm", "wod", "woc"])
 def test_a_weight_of_zero_takes_the_term_out_of_the_plan(term):
-    plan = tagsdc.phase_plan(tagsdc.parse_arguments([f"--lambda-{term}", "0"]))
-    assert all(term not in weights for phase, _, weights, _ in plan if phase != "warmup")
-    assert sum(steps for _, steps, _, _ in plan) == tagsdc.DEFAULTS["steps"]
+    plan = tagsdc.plan_phases(tagsdc.parse_arguments([f"--lambda-{term}", "0"]))
+    assert all(term not in phase.weights for phase in plan if phase.name != "warmup")
+    assert sum(phase.steps for phase in plan) == tagsdc.make_parser().get_default("steps")
+
+
+def test_the_terms_and_the_rate_of_each_step():
+    """In the two parts of the warm-up and in a phase: up in a tenth of the steps, then down."""
+    options = "--steps 130 --phases warmup=10 dc=3 --words-first 0.6 --warmup-lr 0.5 --dc-lr 2"
+    warmup, dc = tagsdc.plan_phases(tagsdc.parse_arguments(options.split()))
+    assert (warmup.steps, warmup.words_alone, dc.steps, dc.words_alone) == (100, 60, 30, 0)
+    for phase, begin, end, peak in ((warmup, 0, 60, 0.5), (warmup, 60, 100, 0.5), (dc, 0, 30, 2)):
+        steps = [tagsdc.terms_and_rate(phase, step) for step in range(begin, end)]
+        rates = [rate for _, rate in steps]
+        top = round(0.1 * (end - begin)) - 1
+        assert rates[top] == max(rates) == pytest.approx(peak, rel=0.02)
+        assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[0] == peak / (top + 1)
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+        assert rates[-1] == pytest.approx(peak / (0.9 * (end - begin)))
+        terms = {"mlm"} if end == 60 else {"mlm", "itm"} if phase is warmup else dc.weights.keys()
+        assert all(weights.keys() == terms for weights, _ in steps)
 
 
 def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path, monkeypatch, no_report):
@@ -186,7 +190,7 @@ def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path, monke
     best = {}
 
     def record(self, phase):
-        best[phase] = weights(self.out, "best.pt")
+        best[phase.name] = weights(self.out, "best.pt")
         end_phase(self, phase)
 
     monkeypatch.setattr(tagsdc.Trainer, "end_phase", record)
@@ -239,6 +243,15 @@ def test_an_interrupted_run_resumes_to_the_same_result(moments, monkeypatch, wor
     assert_same_run(tmp_path / "cut", world)
 
 
+def test_an_interrupt_loses_the_steps_since_the_last_line_of_the_log(world, tmp_path, monkeypatch):
+    out = share_data(tmp_path / "cut", world)
+    assert interrupt_at(("optimise", 1, 3), monkeypatch, [*SMALL, "--out", str(out)]) == 143
+    progress = torch.load(out / "last.pt", weights_only=True)["progress"]
+    assert (progress["phase"], progress["step"]) == (1, 2)
+    assert progress["log"][-1]["step"] == 6 == int(rows(out)[-1]["step"])
+    assert not list(out.glob("*.part"))
+
+
 def start(out, *options):
     return subprocess.Popen(
         [*COMMAND, "--out", str(out), *options],
@@ -271,7 +284,7 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_and_the_same_seed_gi
     assert_same_run(out, world)
 
 
-def test_ctrl_c_saves_and_exits_with_130_even_where_the_shell_ignored_it(world, tmp_path):
+def test_ctrl_c_exits_with_130_even_where_the_shell_ignored_it(world, tmp_path):
     out = share_data(tmp_path / "cut", world)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits
     process = start(out, "--steps", "100000")
@@ -305,7 +318,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", full)
     assert tagsdc.main([*SMALL, "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "last.pt" in error and "space" in error and "Traceback" not in error
+    assert "best.pt" in error and "space" in error and "Traceback" not in error
     assert os.path.getsize(out / "last.pt") == sizes[-1] and not list(out.glob("*.part"))
 
 
@@ -329,17 +342,17 @@ def test_what_would_change_a_run_is_refused_when_it_goes_on(options, words, worl
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     world, tmp_path, monkeypatch, capsys, no_report
 ):
-    step = tagsdc.training_step
+    step = tagsdc.warmup_step
     calls = []
 
-    def spoiled(objective, *arguments):
-        loss, seen = step(objective, *arguments)
+    def spoiled(*arguments):
+        loss, values = step(*arguments)
         calls.append(1)
         if len(calls) == 2:
             loss = loss * float("nan")
-        return loss, seen
+        return loss, values
 
-    monkeypatch.setattr(tagsdc, "training_step", spoiled)
+    monkeypatch.setattr(tagsdc, "warmup_step", spoiled)
     rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "4")
     assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [1, 0]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
@@ -347,13 +360,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 
 
 def test_twenty_such_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
-    step = tagsdc.training_step
+    step = tagsdc.warmup_step
 
-    def spoiled(objective, *arguments):
-        loss, seen = step(objective, *arguments)
-        return loss * float("nan"), seen | {"mlm": seen["mlm"] * float("nan")}
+    def spoiled(*arguments):
+        loss, values = step(*arguments)
+        return loss * float("nan"), values | {"mlm": values["mlm"] * float("nan")}
 
-    monkeypatch.setattr(tagsdc, "training_step", spoiled)
+    monkeypatch.setattr(tagsdc, "warmup_step", spoiled)
     code = rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "40")
     error = capsys.readouterr().err
     assert code == 2 and "step 20" in error and "mlm" in error and "learning rate" in error
@@ -362,31 +375,105 @@ def test_twenty_such_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, ca
 def test_collapse_and_empty_negatives_are_told_once(
     world, tmp_path, monkeypatch, capsys, no_report
 ):
-    step = tagsdc.training_step
+    step = tagsdc.tailored_step
 
     def collapsed(*arguments):
-        loss, seen = step(*arguments)
+        loss, values = step(*arguments)
         for name, value in (("positive", 0.5), ("retrieved", 0.5), ("kept", 0.0)):
-            seen[name] = torch.tensor(value)
-        return loss, seen
+            values[name] = torch.tensor(value)
+        return loss, values
 
-    monkeypatch.setattr(tagsdc, "training_step", collapsed)
+    monkeypatch.setattr(tagsdc, "tailored_step", collapsed)
     rerun(tmp_path / "run", world, *"--phases tags=1 --steps 6".split())
     out = capsys.readouterr().out
     assert out.count("score alike") == 1 and out.count("usable as a negative") == 1
 
 
-def test_an_init_that_cannot_be_read_leaves_the_earlier_run(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "last.pt").write_bytes(b"an earlier run's")
-    old = torch.load(world / "best.pt", weights_only=True)
-    torch.save(old | {"format": 1}, tmp_path / "old.pt")
-    for name, said in (("none.pt", "none.pt"), ("old.pt", "no checkpoint of format")):
-        options = ["--out", str(out), "--init", str(tmp_path / name)]
-        assert tagsdc.main([*SMALL, *options]) == 2
-        assert said in capsys.readouterr().err
-        assert (out / "last.pt").read_bytes() == b"an earlier run's"
+def test_an_accumulated_step_is_that_of_the_mean_gradient(world, tmp_path, monkeypatch, no_report):
+    """Two batches of a step: twice as many rows of the history, one step of the optimiser."""
+    gradients = []
+
+    def record(model):
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+    monkeypatch.setattr(tagsdc, "average_gradients", record)
+    shape = "--phases warmup=1 --steps 1 --log-every 1 --words-first 1 --accumulate".split()
+    rerun(tmp_path / "two", world, *shape, "2")
+    step = tagsdc.warmup_step
+    monkeypatch.setattr(tagsdc, "warmup_step", lambda *rest: (step(*rest), step(*rest))[1])
+    rerun(tmp_path / "second", world, *shape, "1")
+    monkeypatch.setattr(tagsdc, "warmup_step", step)
+    rerun(tmp_path / "first", world, *shape, "1")
+    joint, second, first = gradients
+    for a, b, c in zip(joint, first, second):
+        torch.testing.assert_close(a, (b + c) / 2, atol=1e-6, rtol=1e-4)
+
+
+EARLIER = ("last.pt", "best.pt", "metrics.json", "run.json", "log.csv")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--init {tmp}/none.pt", "none.pt"),
+        ("--init {tmp}/old.pt", "no checkpoint of format"),
+        ("--init {tmp}/wide.pt", "feature_size"),
+        ("--probe {tmp}/none.json", "none.json"),
+        ("--data {tmp}/none.json", "no region features"),
+    ],
+)
+def test_what_cannot_be_read_leaves_the_earlier_run(options, words, world, tmp_path, capsys):
+    out = share_data(tmp_path / "run", world)
+    for name in EARLIER:
+        (out / name).write_text("an earlier run's")
+    state = torch.load(world / "best.pt", weights_only=True)
+    torch.save(state | {"format": 1}, tmp_path / "old.pt")
+    state["config"]["feature_size"] += 1
+    torch.save(state, tmp_path / "wide.pt")
+    (tmp_path / "images").mkdir()
+    options = options.format(tmp=tmp_path).split()
+    assert tagsdc.main([*SMALL, "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert all((out / name).read_text() == "an earlier run's" for name in EARLIER)
+
+
+def test_what_an_earlier_run_left_goes_when_another_begins(world, tmp_path, monkeypatch):
+    out = share_data(tmp_path / "run", world)
+    for name in EARLIER:
+        (out / name).write_text("an earlier run's")
+    assert interrupt_at(("optimise", 0, 0), monkeypatch, [*SMALL, "--out", str(out)]) == 143
+    assert not (out / "best.pt").exists() and not (out / "metrics.json").exists()
+    assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 0
+    assert json.loads((out / "run.json").read_text())["arguments"]["steps"] == 12
+
+
+def test_figures_are_written_before_pictures_and_probes_can_fail(
+    world, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "probe.json").write_text(json.dumps(PROBE))
+    options = "--phases tags=1 --steps 1 --probe".split()
+    for function in ("draw_negatives", "probe_metrics"):
+
+        def fail(*_, **__):
+            raise OSError("no more space")
+
+        monkeypatch.setattr(evaluate, function, fail)
+        out = tmp_path / function
+        assert rerun(out, world, *options, str(tmp_path / "probe.json")) == 2
+        assert metrics(out)["test"]["rsum"] > 0
+        printed = capsys.readouterr()
+        assert "rsum" in printed.out and "no more space" in printed.err
+
+
+def test_a_probe_is_run_and_kept_with_the_figures(world, tmp_path):
+    split = data.load_scenes(0, (30, 5, 8), world / "data" / "scenes").splits["test"]
+    item = {"filename": split.images[0], "caption": "a red star", "negative_caption": "a blue star"}
+    (tmp_path / "probe.json").write_text(json.dumps({"0": item}))
+    options = ["--phases", "tags=1", "--steps", "1", "--probe", str(tmp_path / "probe.json")]
+    assert rerun(tmp_path / "run", world, *options) == 0
+    found = metrics(tmp_path / "run")["test"]
+    assert found["probe_items"] == 1 and found["probe_pairwise"] in (0, 100) and "rsum" in found
 
 
 def test_a_harmed_run_json_is_told_in_one_line(tmp_path, capsys):
@@ -549,23 +636,56 @@ def test_a_checkpoint_of_other_features_or_words_says_which_field_differs(world,
         ("coco-base-1", 5e-5, 5000, 5e-5, 0.01, {}),
         ("coco-base-2", 1e-5, 1500, 1e-4, 0.05, dict(lambda_wod=5e-4, lambda_woc=5e-4)),
         ("flickr-base-1", 5e-5, 5000, 5e-4, 0.05, dict(temperature=2.0, batch_size=16)),
-        ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, {}),
-        ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)),
-        ("coco-large-2", 1e-5, 5000, 1e-3, 0.05, dict(size="large", hard=31)),
-        ("flickr-large-1", 5e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23)),
-        ("flickr-large-2", 1e-5, 1500, 1e-3, 0.05, dict(hard=23)),
+        ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, dict(temperature=1.5)),
+        ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23, temperature=1.5)),
+        ("coco-large-2", 1e-5, 5000, 1e-4, 0.05, dict(size="large", hard=31)),
+        ("flickr-large-1", 5e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23, temperature=2.0)),
+        ("flickr-large-2", 1e-5, 1500, 5e-4, 0.05, dict(size="large", hard=23)),
     ],
 )
 def test_recipes_are_the_release_s_schedules(recipe, lr, steps, tags, mlm, more):
     args = tagsdc.parse_arguments(["--recipe", recipe])
-    ((phase, planned, weights, peak),) = tagsdc.phase_plan(args)
-    assert (phase, planned, peak) == ("tags" if recipe[-1] == "1" else "dc", steps, lr)
-    assert (weights["tags"], weights["mlm"]) == (tags, mlm)
-    assert ("wod" in weights) == (phase == "dc")
+    (phase,) = tagsdc.plan_phases(args)
+    assert (phase.steps, phase.peak_lr) == (steps, lr)
+    assert phase.name == ("tags" if recipe[-1] == "1" else "dc")
+    assert (phase.weights["tags"], phase.weights["mlm"]) == (tags, mlm)
+    assert ("wod" in phase.weights) == (phase.name == "dc")
     assert (args.pool, args.maskings, args.refills, args.dropout) == (399, 20, 20, 0.1)
     assert (args.writer_sees, args.truth_threshold) == ("own", 1.0)
-    assert vars(args).items() >= more.items()
+    assert args.retrieved == args.hard and vars(args).items() >= more.items()
     assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5
+
+
+def test_recipes_hold_the_same_options_each_and_none_that_is_unknown():
+    known = vars(tagsdc.make_parser().parse_args([])).keys()
+    for recipe in (*tagsdc.RECIPES.values(), tagsdc.QUICK):
+        assert recipe.keys() <= known
+    first = {name for name in tagsdc.RECIPES if name.endswith("1")}
+    for name, recipe in tagsdc.RECIPES.items():
+        other = "coco-base-1" if name in first else "coco-base-2"
+        assert recipe.keys() == tagsdc.RECIPES[other].keys()
+
+
+def test_given_options_lie_over_a_checkpoint_s(world):
+    """Also where they are the default; its data folders go with its data."""
+    state = torch.load(world / "best.pt", weights_only=True)
+    assert state["arguments"]["hard"] == 3
+    best = ["--eval", str(world / "best.pt")]
+    assert tagsdc.parse_arguments(best).hard == 3
+    assert tagsdc.parse_arguments(best).out == str(world)
+    assert tagsdc.parse_arguments([*best, "--hard", "4"]).hard == 4
+    assert tagsdc.parse_arguments([*best, "--hard", "2"]).hard == 2
+
+
+def test_other_data_leave_the_folders_of_the_old_ones(world, tmp_path):
+    state = torch.load(world / "best.pt", weights_only=True)
+    state["arguments"] |= {"data": "coco", "root": "/coco", "features": "/coco/x"}
+    torch.save(state, tmp_path / "coco.pt")
+    best = ["--eval", str(tmp_path / "coco.pt")]
+    args = tagsdc.parse_arguments(best)
+    assert (args.data, args.root, args.features) == ("coco", "/coco", "/coco/x")
+    args = tagsdc.parse_arguments([*best, "--data", "flickr30k", "--root", "/flickr"])
+    assert (args.data, args.root, args.features) == ("flickr30k", "/flickr", None)
 
 
 def test_a_checkpoint_with_an_option_of_another_version_is_evaluated(world, tmp_path):
@@ -582,7 +702,7 @@ FLICKR8K = ROOT.parent / "shared" / "real" / "flickr8k"
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the features of Flickr8k are not here")
-def test_photographs_from_scratch_in_miniature(tmp_path, capsys):
+def test_photographs_in_miniature(tmp_path, capsys):
     """60 photographs of the test split, shared out anew, with all their captions."""
     folder = tmp_path / "regions"
     options = ["--splits", "test", "--packs", str(FLICKR8K)]
@@ -593,16 +713,15 @@ def test_photographs_from_scratch_in_miniature(tmp_path, capsys):
     for n, image in enumerate(images):
         image["split"] = "train" if n < 40 else "val" if n < 50 else "test"
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
-    run = ["--data", "flickr8k", "--root", str(tmp_path), "--recipe", "scratch-photos"]
+    run = ["--data", "flickr8k", "--root", str(tmp_path), "--log-every", "2"]
     run += "--steps 8 --phases warmup=1 dc=1 --size tiny --warmup-batch-size 8 --hard 2".split()
-    run += "--contrast-pool 30 --batch-size 4 --pool 8 --maskings 2 --refills 2".split()
+    run += "--batch-size 4 --pool 8 --maskings 2 --refills 2".split()
     run += ["--analyse-images", "5", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert tagsdc.main(run) == 0
     found = metrics(tmp_path / "run")
-    wanted = {f"one_word_wrong_{kind}" for kind in ("object", "attribute", "relation")}
-    wanted |= {"altered_tr_r1", "wod_auc", "sentences_repaired", "rsum"}
+    wanted = {"wod_auc", "sentences_repaired", "rsum"}
     assert wanted <= found["test"].keys() & found["warmup"].keys()
-    assert {"itc", "itm", "tags", "woc"} <= rows(tmp_path / "run")[-1].keys()
+    assert {"itm", "tags", "woc"} <= rows(tmp_path / "run")[-1].keys()
     # Features of another width than the checkpoint's.
     narrow = {"features": np.ones((3, 20)), "norm_bb": np.tile([0, 0, 1, 1], (3, 1))}
     for path in folder.iterdir():
@@ -623,7 +742,7 @@ def throw_damaged_files(folder, count, seed=0):
     state = {"format": tagsdc.FORMAT, "arguments": {}, "model": network.state_dict()}
     torch.save(state, folder / "checkpoint")
     (folder / "probe").write_text(json.dumps(PROBE))
-    readers = {"checkpoint": tagsdc.load_checkpoint, "probe": probes.read_probe}
+    readers = {"checkpoint": tagsdc.load_checkpoint, "probe": evaluate.read_probe}
     read = dict.fromkeys(readers, 0)
     for kind, reader in readers.items():
         chance = random.Random(f"{kind} {seed}")

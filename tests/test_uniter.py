@@ -145,7 +145,7 @@ def test_words_at_chosen_places_agree_with_the_official_code(weights, golden):
     places = text_mask.flatten().nonzero()[:, 0]
     texts = model.prepare_text(ids, text_mask)
     images = model.prepare_regions(features, boxes, region_mask)
-    logits = model.fill(model.encode_places(texts, row, images, row, places))
+    logits = model.fill(model.encode_pairs(texts, row, images, row, places))
     assert close(logits, golden["out/mlm_logits"][text_mask])
 
 
@@ -163,10 +163,12 @@ def our_losses(model, golden, golden_losses):
         golden_losses["disc_weights"][1].item(),
     )
     return {
-        "rank": losses.triplet_loss(groups[:, 0], groups[:, 1:], golden_losses["margin"].item()),
+        "rank": losses.triplet_loss(
+            groups[:, 0], groups[:, 1:], margin=golden_losses["margin"].item()
+        ),
         "mlm": losses.masked_lm_loss(model.fill(words), labels),
         "disc": losses.word_discrimination_loss(
-            model.discriminate(words), replaced, text_mask, original_weight
+            model.discriminate(words), replaced, text_mask, original_weight=original_weight
         ),
         "corr": losses.word_correction_loss(model.correct(words), labels),
     }
@@ -219,11 +221,11 @@ def test_rank_loss_agrees_on_chosen_logits(golden_losses):
     )
     positive, negatives, official = scores[:, 0], scores[:, 1:], golden_losses["aux/rank_none"]
     assert (official == 0).any()
-    mean = losses.triplet_loss(positive, negatives, 0.2)
+    mean = losses.triplet_loss(positive, negatives, margin=0.2)
     assert mean.item() == pytest.approx(golden_losses["aux/rank"].item(), abs=5e-6)
     for group, k in ((group, k) for group in range(6) for k in range(4)):
         one = losses.triplet_loss(
-            positive[group : group + 1], negatives[group : group + 1, k : k + 1], 0.2
+            positive[group : group + 1], negatives[group : group + 1, k : k + 1], margin=0.2
         )
         assert one.item() == pytest.approx(official[group, k].item(), abs=5e-6)
     assert torch.equal(
