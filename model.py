@@ -2,8 +2,8 @@
 
 Letters: B pairs, T text positions, R regions, S = T + R, D hidden size, V vocabulary, F feature
 size; A captions and I images that are prepared once and then meet in N pairs; L positions of
-either; h heads, each d = D / h wide; q chosen places. Every mask is bool, True = real, and None
-means that all is. A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions.
+either; n first positions of a sequence; h heads, each d = D / h wide. Every mask is bool, True =
+real, and None means that all is. A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions.
 
 Reading order: TagsDC.forward, and what it calls. The last section, the fast path, last of all."""
 
@@ -111,20 +111,18 @@ class Layer(nn.Module):  # a post-norm BERT layer
         self.norm = layer_norm(D)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, places=None):
-        """(N, S, D), mask (N, S) or None -> (N, S, D).
-        places: (q,) flat positions in (N, S); after attention they alone go on -> (q, D)."""
-        # Self-attention. A head is a part of the columns: (N, h, S, d).
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x, mask=None, first=None):
+        """(N, S, D), mask (N, S) or None -> (N, n, D): the first n positions alone look at all S
+        and go on; first = None: n = S."""
+        start = x[:, :first]  # (N, n, D)
+        # Self-attention. A head is a part of the columns: (N, h, n or S, d).
+        q = self.query(start).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.key(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
-        context = context.transpose(1, 2).flatten(2)  # (N, S, D), the heads side by side again
-        if places is not None:
-            x = take_places(x, places)
-            context = take_places(context, places)
+        context = context.transpose(1, 2).flatten(2)  # (N, n, D), the heads side by side again
         # What follows is done at each position for itself.
-        x = self.attention_norm(x + self.dropout(self.out(context)))
+        x = self.attention_norm(start + self.dropout(self.out(context)))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -186,40 +184,35 @@ class TagsDC(nn.Module):
         check_mask(region_mask, features.shape[:2])
         return Prepared(self.region(features, boxes, self.token_type.weight[1]), region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index, places=None):
-        """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D).
-        places: (q,) flat positions in the texts (N, T); what is encoded there alone -> (q, D)."""
+    def encode_pairs(self, texts, text_index, images, image_index, first=None):
+        """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D),
+        or (N, first, D), what is encoded at the first positions: 1 is [CLS], T the text."""
         x = torch.cat((texts.states[text_index], images.states[image_index]), 1)
         mask = None
         if texts.mask is not None or images.mask is not None:
             mask = torch.cat((mask_of(texts)[text_index], mask_of(images)[image_index]), 1)
-        if places is not None:
-            T = texts.states.size(1)
-            places = places // T * x.size(1) + places % T  # the same among (N, S) positions
-        return self.encode(x, mask, places)
+        return self.encode(x, mask, first)
 
-    def encode(self, x, mask=None, places=None):
-        """All layers: (N, S, D) -> (N, S, D). places: as in Layer, of the last one."""
+    def encode(self, x, mask=None, first=None):
+        """All layers: (N, S, D) -> (N, S, D). The last one yields the first positions alone, if so
+        many are wanted: its work elsewhere would be for nothing. Gain in scoring: 1.2."""
         for layer in self.layers[:-1]:
             x = self.run_layer(layer, x, mask)
-        return self.run_layer(self.layers[-1], x, mask, places)
+        return self.run_layer(self.layers[-1], x, mask, first)
 
-    def run_layer(self, layer, x, mask, places=None):
+    def run_layer(self, layer, x, mask, first=None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x, mask, places, use_reentrant=False)
-        return layer(x, mask, places)
+            return checkpoint(layer, x, mask, first, use_reentrant=False)
+        return layer(x, mask, first)
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
         """match(encode_pairs(...)) for less work, `batch` pairs in one pass -> (N,) logits."""
         batch = batch or max(text_index.size(0), 1)
         if can_pack(texts, images):
             return packed_scores(self, texts, text_index, images, image_index, batch)
-        T = texts.states.size(1)
         logits = []
         for t, i in zip(text_index.split(batch), image_index.split(batch)):
-            cls = torch.arange(t.size(0), device=t.device) * T  # the first position of each text
-            hidden = self.encode_pairs(texts, t, images, i, cls)  # (n, D)
-            logits.append(self.match(hidden[:, None]))
+            logits.append(self.match(self.encode_pairs(texts, t, images, i, first=1)))
         return torch.cat(logits)
 
     def match(self, hidden):
@@ -291,12 +284,6 @@ def mask_of(prepared):
     if prepared.mask is None:
         return prepared.states.new_ones(prepared.states.shape[:2], dtype=torch.bool)
     return prepared.mask
-
-
-def take_places(x, places):
-    """Rows of x (N, S, D) at flat places (q,) -> (q, D). The last layer at [CLS] alone: scoring is
-    1.2 times as fast."""
-    return F.embedding(places, x.flatten(0, 1))  # the gradient of x[places] is slow on a CPU
 
 
 # ---- official names ----------------------------------------------------------------------------
@@ -437,7 +424,6 @@ def packed_scores(model, texts, text_index, images, image_index, batch):
         longest = int(kept.any(0).sum().clamp(min=1))
         kept = kept[:, :longest]
         x = F.embedding(positions[pairs].gather(1, front)[:, :longest], states)
-        cls = torch.arange(len(pairs)) * longest
-        hidden = model.encode(x, None if kept.all() else kept, cls)  # (n, D)
-        logits.append(model.match(hidden[:, None]))
+        hidden = model.encode(x, None if kept.all() else kept, first=1)  # (n, 1, D)
+        logits.append(model.match(hidden))
     return torch.cat(logits)[order.argsort()]

@@ -648,7 +648,8 @@ def masked_words_loss(model, images, batch, pad_id):
     ids = batch.masked.flatten(0, 1)  # (B * M, T)
     texts = model.prepare_text(ids, ids != pad_id)
     row = torch.arange(len(ids), device=ids.device)
-    hidden = model.encode_pairs(texts, row, images, row // M, batch.places)  # (q, D)
+    hidden = model.encode_pairs(texts, row, images, row // M, ids.size(1))  # (B * M, T, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch.places)  # (q, D)
     return masked_lm_loss(model.fill(hidden), batch.targets)
 
 
@@ -841,8 +842,8 @@ def encode_written(model, images, sentences, pad_id):
     ids = sentences.flatten(0, 1)  # (B * H, T)
     texts = model.prepare_text(ids, ids != pad_id)
     row = torch.arange(B * H, device=ids.device)
-    hidden = model.encode_pairs(texts, row, images, row // H)  # (B * H, T + R, D)
-    return model.match(hidden).sigmoid().view(B, H), hidden[:, :T].unflatten(0, (B, H))
+    hidden = model.encode_pairs(texts, row, images, row // H, first=T)  # (B * H, T, D)
+    return model.match(hidden).sigmoid().view(B, H), hidden.unflatten(0, (B, H))
 
 
 def write_negatives(model, writer, images, batch, tokenizer, args, rng, device_rng):
@@ -856,7 +857,8 @@ def write_negatives(model, writer, images, batch, tokenizer, args, rng, device_r
     def fill(ids, image_index, places):  # (n, T), (n,), (q,) -> (q, V)
         texts = writer.prepare_text(ids, ids != tokenizer.pad_id)
         row = torch.arange(len(ids), device=ids.device)
-        return writer.fill(writer.encode_pairs(texts, row, writer_sees, image_index, places))
+        hidden = writer.encode_pairs(texts, row, writer_sees, image_index, first=T)  # (n, T, D)
+        return writer.fill(hidden.flatten(0, 1)[places])
 
     def match(ids, image_index):  # (n, T), (n,) -> (n,)
         texts = model.prepare_text(ids, ids != tokenizer.pad_id)

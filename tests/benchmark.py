@@ -502,9 +502,8 @@ def savings(args, model, data):
             )
         return torch.cat(logits)
 
-    def whole_layers(layer, x, mask, places=None):  # in place of model.run_layer
-        x = layer(x, mask)
-        return x if places is None else model_module.take_places(x, places)
+    def whole_layers(layer, x, mask, first=None):  # in place of model.run_layer
+        return layer(x, mask)[:, :first]
 
     without = {  # name: [functions that make a context without the saving]
         "all": [],

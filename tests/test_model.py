@@ -199,12 +199,12 @@ def test_forward_can_be_exported_for_any_batch(model):
 
 
 @torch.no_grad()
-def test_a_layer_at_some_places_is_the_whole_layer_there(model):
+@pytest.mark.parametrize("first", [0, 1, 4, 7])
+def test_a_layer_at_the_first_positions_is_the_whole_layer_there(model, first):
     x, mask = torch.randn(3, 7, 16), torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
-    places = torch.tensor([0, 9, 9, 18])
     for layer in model.layers:
-        assert close(layer(x, mask, places), layer(x, mask).flatten(0, 1)[places])
-        assert close(layer(x, places=places), layer(x).flatten(0, 1)[places])
+        assert close(layer(x, mask, first), layer(x, mask)[:, :first])
+        assert close(layer(x, first=first), layer(x)[:, :first])
 
 
 # ---- what the encoder is told about places
@@ -373,9 +373,9 @@ def test_score_pairs_gives_the_same_without_packing(model, monkeypatch):
     widths = []
     encode = model.encode
 
-    def watched(x, *rest):
+    def watched(x, *rest, first=None):
         widths.append(x.size(1))
-        return encode(x, *rest)
+        return encode(x, *rest, first=first)
 
     monkeypatch.setattr(model, "encode", watched)
     assert close(model.score_pairs(texts, t, images, i, 2), expected)
@@ -395,9 +395,8 @@ def test_nothing_waits_for_a_device(monkeypatch):
     t, i = (index.to("meta") for index in pair_index())
     texts = model.prepare_text(ids, text_mask)
     images = model.prepare_regions(features, boxes, region_mask)
-    places = torch.zeros(5, dtype=torch.long, device="meta")
     assert model.score_pairs(texts, t, images, i, 3).shape == (7,)
-    assert model.encode_pairs(texts, t, images, i, places).shape == (5, 16)
+    assert model.encode_pairs(texts, t, images, i, first=6).shape == (7, 6, 16)
     assert model(ids, features, boxes, text_mask, region_mask).shape == (3, 10, 16)
 
 
@@ -442,27 +441,19 @@ def test_encode_pairs_is_forward(model):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("masked", [True, False])
-def test_encode_pairs_at_chosen_places_is_that_of_all_gradients_included(layers, masked):
+def test_encode_pairs_at_the_first_positions_is_that_of_all_gradients_included(layers, masked):
     torch.manual_seed(0)
     model = TagsDC(Config(**{**SIZES, "layers": layers}, dropout=0.0))
     t, i = pair_index()
-    places = torch.tensor([1, 6 * 6, 3 * 6 + 2, 3 * 6 + 2, 0, 6 * 6 + 4])  # pair * T + position
     texts, images = prepared(model, masked)
-    some = model.encode_pairs(texts, t, images, i, places)
-    every = model.encode_pairs(texts, t, images, i)[:, :6].flatten(0, 1)[places]
+    some = model.encode_pairs(texts, t, images, i, first=6)
+    every = model.encode_pairs(texts, t, images, i)[:, :6]
     assert close(some, every)
     weight = torch.randn(some.shape)
     expected = gradients_of(model, (every * weight).sum())
     texts, images = prepared(model, masked)
-    some = model.encode_pairs(texts, t, images, i, places)
+    some = model.encode_pairs(texts, t, images, i, first=6)
     assert_same_gradients(gradients_of(model, (some * weight).sum()), expected)
-
-
-@torch.no_grad()
-def test_no_places_no_hidden_states(model):
-    (texts, images), (t, i) = prepared(model), pair_index()
-    none = torch.zeros(0, dtype=torch.long)
-    assert model.encode_pairs(texts, t, images, i, none).shape == (0, 16)
 
 
 @torch.no_grad()
@@ -581,7 +572,7 @@ def test_bfloat16_autocast_is_close_and_scores_stay_float32(gradient):
         assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("route", ["score_pairs", "encode_pairs", "places"])
+@pytest.mark.parametrize("route", ["score_pairs", "encode_pairs", "first"])
 def test_recomputing_changes_nothing_on_any_route(route):
     gradients = []
     for recompute in (False, True):
@@ -589,9 +580,9 @@ def test_recomputing_changes_nothing_on_any_route(route):
         model.recompute = recompute
         torch.manual_seed(1)
         (texts, images), (t, i) = prepared(model), pair_index()
-        places = [torch.tensor([0, 3, 9])] if route == "places" else []
+        first = [3] if route == "first" else []
         method = model.score_pairs if route == "score_pairs" else model.encode_pairs
-        result = method(texts, t, images, i, *places)
+        result = method(texts, t, images, i, *first)
         gradients.append(gradients_of(model, result.pow(2).sum()))
     assert_same_gradients(gradients[1], gradients[0])
 

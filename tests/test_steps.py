@@ -32,9 +32,9 @@ class Toy(torch.nn.Module):
     def prepare_regions(self, features, boxes, region_mask):
         return Prepared(features, region_mask)
 
-    def encode_pairs(self, texts, text_index, images, image_index, places=None):
+    def encode_pairs(self, texts, text_index, images, image_index, first=None):
         hidden = self.words[texts.states[text_index]] + images.states[image_index][:, None]
-        return hidden if places is None else hidden.flatten(0, 1)[places]
+        return hidden[:, :first]
 
     def match(self, hidden):
         return hidden.sum((1, 2))
