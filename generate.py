@@ -1,5 +1,8 @@
 """Tailored synthetic negatives: mask phrases, refill, filter, select (section 3.3 of the paper).
 
+A part of TAGS-DC (Fan et al., Findings of NAACL 2022) in PyTorch, MIT licence; this file and
+losses.py stand on their own.
+
 Integers in, integers out: no gradient, no tokenizer, no model of ours. The encoder comes in as
 two callables, both in eval mode (dropout would blur the words drawn and the scores compared):
 
@@ -48,10 +51,12 @@ def mask_phrases(
     Returns masked ids and labels, both (B, M, T); a label is the original word where it was
     masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random one, 10% themselves."""
     first, end = vocabulary_range
-    check_words(mask_id, vocabulary_range)
+    check_words("mask_id", mask_id, vocabulary_range)
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is not in 0..1")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     device = input_ids.device
     if phrases is None:
@@ -83,13 +88,23 @@ def mask_phrases(
     return torch.where(masked, shown, original), torch.where(masked, original, -1)
 
 
-def check_words(mask_id, vocabulary_range):
-    """ValueError unless there are words to write, and [MASK] is none of them."""
+def check_words(name, special_id, vocabulary_range):
+    """ValueError unless there are words to write, and a special token is none of them."""
     first, end = vocabulary_range
     if not first < end:
         raise ValueError(f"vocabulary_range {vocabulary_range} holds no word")
-    if first <= mask_id < end:
-        raise ValueError(f"mask_id {mask_id} lies in vocabulary_range {vocabulary_range}")
+    if first <= special_id < end:
+        raise ValueError(f"{name} {special_id} lies in vocabulary_range {vocabulary_range}")
+
+
+def check_shapes(input_ids, captions, masked, labels):
+    """ValueError unless these are (B, T), (B, C, T'), (B, M, T) and (B, M, T)."""
+    B, T = input_ids.shape
+    if captions.dim() != 3 or captions.size(0) != B:
+        raise ValueError(f"captions must be (B, C, T') = ({B}, C, T'), got {tuple(captions.shape)}")
+    if masked.dim() != 3 or masked.shape[::2] != (B, T) or labels.shape != masked.shape:
+        shapes = f"{tuple(masked.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"masks must be two of (B, M, T) = ({B}, M, {T}), got {shapes}")
 
 
 def refill_masks(
@@ -101,6 +116,7 @@ def refill_masks(
     temperature=1.5,
     truth_threshold=1.0,
     writer_images=None,
+    allowed=None,
     chunk_size=512,
     generator=None,
 ):
@@ -110,13 +126,16 @@ def refill_masks(
         and not drawn unless it is the original; 1 = off, as in the paper.
     writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
         in the paper. With another one (`other_images`) a truth_threshold costs one pass more.
+    allowed: (V,) bool, the words that may be written; None = all. In place of a word that is not
+        among them only others of that kind are written: with whole words allowed, a ## piece of
+        BERT's vocabulary gives way to pieces alone.
     chunk_size: sentences in one call of `fill`.
     Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ..."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} is below 1")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature {temperature} is not a finite number above 0")
-    first, _ = vocabulary_range
+    first, end = vocabulary_range
     B, M, T = masked.shape
     device = masked.device
     own_images = torch.arange(B, device=device).repeat_interleave(M)  # (B * M,)
@@ -135,6 +154,9 @@ def refill_masks(
         originals = (targets[places, None].long() - first).to(device, non_blocking=True)  # (q, 1)
         places = places.to(device, non_blocking=True)
         logits = word_logits(fill, ids, images[chunk], places, vocabulary_range)  # (q, W)
+        if allowed is not None:
+            same_kind = allowed[first:end] == allowed[originals + first]  # (q, W)
+            logits = logits.masked_fill(~same_kind, -math.inf)
         if truth_threshold < 1:
             belief = logits
             if writer_images is not None:
@@ -242,6 +264,7 @@ def tailor_negatives(
     temperature=1.5,
     truth_threshold=1.0,
     writer_images=None,
+    allowed=None,
     hard=31,
     chunk_size=512,
     generator=None,
@@ -251,19 +274,19 @@ def tailor_negatives(
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
     mask_id, vocabulary_range, phrases, maskings, probability: as in `mask_phrases`.
     masks: (masked, labels) of `mask_phrases`, to be shared with masked LM; None = drawn here.
-    refills, temperature, truth_threshold, writer_images: as in `refill_masks`.
+    refills, temperature, truth_threshold, writer_images, allowed: as in `refill_masks`.
     hard: H, at most M * K. chunk_size: sentences in one call of fill or match.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
-    neither the caption nor one of `captions`; the others are the caption, with labels of -1."""
-    B, T = input_ids.shape
-    check_words(mask_id, vocabulary_range)
-    if captions.dim() != 3 or captions.size(0) != B:
-        raise ValueError(f"captions must be (B, C, T') = ({B}, C, T'), got {tuple(captions.shape)}")
+    neither the caption nor one of `captions`; the others are the caption, with labels of -1.
+    Raises ValueError for shapes and ids that do not fit each other."""
+    check_words("mask_id", mask_id, vocabulary_range)
+    check_words("pad_id", pad_id, vocabulary_range)
     if masks is None:
         masks = mask_phrases(
             input_ids, phrases, mask_id, vocabulary_range, maskings, probability, generator
         )
     masked, labels = masks
+    check_shapes(input_ids, captions, masked, labels)
     if hard > masked.size(1) * refills:
         raise ValueError(f"hard {hard} exceeds {masked.size(1)} maskings x {refills} refills")
     candidates = refill_masks(  # (B, N, T)
@@ -275,13 +298,14 @@ def tailor_negatives(
         temperature=temperature,
         truth_threshold=truth_threshold,
         writer_images=writer_images,
+        allowed=allowed,
         chunk_size=chunk_size,
         generator=generator,
     )
     usable = usable_candidates(candidates, input_ids, captions, pad_id)  # (B, N)
     scores = score_candidates(match, candidates, usable, chunk_size)  # (B, N)
     index, valid = select_hardest(scores, usable, hard)  # (B, H) each
-    sentences = candidates.gather(1, index[..., None].expand(-1, -1, T))
+    sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2)))
     # The caption itself where a row ran out: an encoder never sees a sentence without a token.
     sentences = sentences.where(valid[..., None], input_ids[:, None])
     replaced = sentences != input_ids[:, None]

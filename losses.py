@@ -2,6 +2,9 @@
 
     L = L_hard + a * L_tags + b * L_mlm + c * L_wod + d * L_woc
 
+A part of TAGS-DC (Fan et al., Findings of NAACL 2022) in PyTorch, MIT licence; this file stands
+on its own.
+
 Letters: B pairs, H negatives of a pair, N pairs of a list, T text positions, V vocabulary.
 s(I, T) is the sigmoid of a matching logit; [x]+ is max(x, 0). In every mask True means real or
 usable, and None that all entries are. Every negative label (-1, -100) means: no target here.

@@ -829,6 +829,31 @@ def test_a_mask_id_among_the_words_is_refused():
             call()
 
 
+def test_a_padding_id_among_the_words_is_refused():
+    with pytest.raises(ValueError, match="pad_id 0 lies in vocabulary_range"):
+        tailor(words=(0, 3))
+
+
+def test_masks_of_another_shape_are_refused():
+    masked, labels = mask(CAPTIONS, PHRASES, 4)
+    for masks in ((masked[:2], labels[:2]), (masked, labels[:, :3]), (masked[0], labels[0])):
+        with pytest.raises(ValueError, match=r"masks must be two of \(B, M, T\) = \(3, M, 8\)"):
+            tailor(masks=masks)
+    with pytest.raises(ValueError, match=r"input_ids must be \(B, T\)"):
+        tailor(ids=CAPTIONS[0])
+
+
+def test_a_word_gives_way_to_a_word_and_a_piece_to_a_piece():
+    allowed = torch.zeros(END, dtype=torch.bool)
+    allowed[FIRST::2] = True
+    made = tailor(allowed=allowed, maskings=20, refills=20, hard=60)
+    replaced = made.labels >= 0
+    assert replaced.any(-1)[made.valid].all()
+    written = made.sentences[replaced]
+    assert torch.equal(allowed[written], allowed[made.labels[replaced]])
+    assert allowed[written].any() and not allowed[written].all()
+
+
 def test_padding_must_be_told():
     with pytest.raises(TypeError, match="pad_id"):
         generate.tailor_negatives(
