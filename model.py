@@ -7,6 +7,8 @@ real, and None means that all is. A sequence is [CLS] w1 .. wn [SEP], padded to 
 
 Reading order: TagsDC.forward, and what it calls. The last section, the fast path, last of all."""
 
+import json
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +52,7 @@ class Config:
         """Reads the sizes off official weights; ValueError if these are none. heads: 64 wide
         unless given. vocab_size: words of the vocabulary file, if the weights may be padded."""
         weights = official_weights(state_dict)
+        check_regions(weights)
         try:
             rows, hidden = weights[WORDS].shape
             return cls(
@@ -64,6 +67,28 @@ class Config:
             )
         except (KeyError, AttributeError, TypeError, ValueError, IndexError) as fault:
             raise ValueError(f"not UNITER weights, whose sizes can be read: {fault}") from None
+
+    @classmethod
+    def from_bert(cls, bert, feature_size, dropout=0.0, vocab_size=None):
+        """Reads the sizes off `bert`, the content of a published BERT's config.json; ValueError if
+        a size is missing or this is a relative of BERT that computes something else.
+        feature_size: numbers that describe a region. vocab_size: words of the vocabulary file, if
+        the weights may be padded."""
+        for field, wanted in BERT_FIELDS.items():
+            found = bert.get(field, wanted)
+            if found != wanted:
+                text = f"a BERT with {wanted!r} there is wanted, such as bert-base-uncased"
+                raise ValueError(f"config.json has {field} {found!r}: {text}")
+        return cls(
+            vocab_size=vocab_size or bert_size(bert, "vocab_size"),
+            feature_size=feature_size,
+            hidden=bert_size(bert, "hidden_size"),
+            layers=bert_size(bert, "num_hidden_layers"),
+            heads=bert_size(bert, "num_attention_heads"),
+            intermediate=bert_size(bert, "intermediate_size"),
+            max_positions=bert_size(bert, "max_position_embeddings"),
+            dropout=dropout,
+        )
 
 
 class TextEmbedding(nn.Module):
@@ -235,6 +260,7 @@ class TagsDC(nn.Module):
         Returns official names: {"loaded": [..], "ignored": [..], "initialised": ["x from y", ..]}.
         Raises ValueError, changing nothing, if a part of the encoder is missing or does not fit."""
         given = official_weights(state_dict)
+        check_regions(given)
         fitted = {}  # {our name: tensor}
         initialised = []
         for ours, parameter in self.state_dict().items():
@@ -246,7 +272,7 @@ class TagsDC(nn.Module):
                 if source != name:
                     initialised.append(f"{name} from {source}")
             elif head == "uniter":
-                raise ValueError(f"not complete UNITER weights: {name} is missing")
+                raise ValueError(f"these weights are not complete: {name} is missing")
             else:
                 initialised.append(f"{name} at random")
         self.load_state_dict(fitted, strict=False)
@@ -256,6 +282,36 @@ class TagsDC(nn.Module):
                 loaded.add(name)
         ignored = sorted(given.keys() - loaded)
         return {"loaded": sorted(loaded), "initialised": initialised, "ignored": ignored}
+
+    @classmethod
+    def from_bert(cls, folder, feature_size, dropout=0.0):
+        """A model that starts as the published BERT in a folder: config.json, model.safetensors or
+        pytorch_model.bin, and vocab.txt, which need not be there. feature_size: numbers that
+        describe a region. Raises FileNotFoundError or ValueError of one line.
+        (To know what was loaded, take the same three steps and keep what load_bert returns.)"""
+        bert, weights, vocab_size = read_bert(folder)
+        model = cls(Config.from_bert(bert, feature_size, dropout, vocab_size))
+        model.load_bert(weights)
+        return model
+
+    def load_bert(self, state_dict):
+        """Takes the weights of a published BERT, in place; what it lacks starts as in UNITER's
+        code: regions, matching and discrimination (and pooler and masked-LM head, if missing) at
+        random, type 1 as the type of regions, correction as a copy of the masked-LM head.
+        Returns {"loaded": [official names], "ignored": [official names], "initialised": [names of
+        our parameters that begin at random, for a higher learning rate]}.
+        Raises ValueError, changing nothing, if a part of BERT is missing or does not fit."""
+        given = official_weights(state_dict)
+        lacking = {}  # {official name: new values}
+        initialised = []
+        for ours, parameter in self.state_dict().items():
+            name = official_name(ours).replace("correction_output", "cls")
+            if name not in given and not name.startswith(BERT_PARTS):
+                initialised.append(ours)
+                lacking.setdefault(name, new_values(name, parameter))
+        report = self.load_uniter(lacking | given)
+        loaded = [name for name in report["loaded"] if name in given]
+        return {"loaded": loaded, "initialised": initialised, "ignored": report["ignored"]}
 
     def export_uniter(self):
         """The weights under official names, for the official code."""
@@ -286,7 +342,7 @@ def mask_of(prepared):
     return prepared.mask
 
 
-# ---- official names ----------------------------------------------------------------------------
+# ---- published weights: UNITER's names, BERT's files -------------------------------------------
 
 WORDS = "uniter.embeddings.word_embeddings.weight"
 TIED = ("cls.predictions.decoder.weight", "correction_output.predictions.decoder.weight")
@@ -334,7 +390,8 @@ def official_name(name):
 
 def official_weights(state_dict):
     """{official name: value} of weights that may stand in {"model": ...} or {"state_dict": ...},
-    with `model.` or `module.` before the names, `bert.` for `uniter.`, gamma and beta."""
+    with `model.` or `module.` before the names, `bert.` or nothing for `uniter.`, gamma and beta,
+    and the bias of words beside the decoder."""
     for wrapper in ("model", "state_dict"):
         if isinstance(state_dict, dict) and isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
@@ -344,9 +401,18 @@ def official_weights(state_dict):
     for name, value in state_dict.items():
         name = re.sub(r"^((module|model)\.)+", "", str(name))
         name = re.sub(r"^bert\.", "uniter.", name)
+        name = re.sub(r"^(embeddings|encoder|pooler)\.", r"uniter.\1.", name)
+        name = re.sub(r"predictions\.decoder\.bias$", "predictions.bias", name)
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         weights[name] = value
     return weights
+
+
+def check_regions(weights):
+    """ValueError if these weights have words and no regions, as those of a BERT."""
+    if WORDS in weights and "uniter.img_embeddings.img_linear.weight" not in weights:
+        text = "to start from a plain BERT, give the folder with its config.json and vocab.txt"
+        raise ValueError(f"not UNITER weights, they have no region embeddings: {text}")
 
 
 def fit(name, value, parameter):
@@ -360,10 +426,115 @@ def fit(name, value, parameter):
         value = value[:rows]
     if value.shape != parameter.shape:
         shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
-        raise ValueError(f"{name} is {shapes}: check the sizes and the vocabulary")
+        advice = "check the sizes"
+        if name in VOCABULARY:
+            advice = "take the vocabulary that was published with these weights"
+        raise ValueError(f"{name} is {shapes}: {advice}")
     if not value.isfinite().all():
         raise ValueError(f"{name} holds numbers that are not finite: take other weights")
     return value
+
+
+# What computes the same as our layers; a field that is missing has this value.
+BERT_FIELDS = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "layer_norm_eps": 1e-12,
+    "is_decoder": False,
+}
+BERT_PARTS = ("uniter.embeddings.", "uniter.encoder.")  # what every BERT has
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def bert_size(bert, field):
+    """The whole number in a field of config.json."""
+    value = bert.get(field)
+    if type(value) is not int or value < 1:
+        found = f"{field} {value!r}" if field in bert else f"no {field}"
+        raise ValueError(f"config.json has {found}: a whole number above 0 is wanted")
+    return value
+
+
+def new_values(name, parameter):
+    """What a parameter that BERT lacks starts as in UNITER's code."""
+    if name.endswith(".bias"):
+        return torch.zeros_like(parameter)
+    if "LayerNorm" in name or "layer_norm" in name:
+        return torch.ones_like(parameter)
+    return 0.02 * torch.randn_like(parameter)
+
+
+def read_bert(folder):
+    """A folder as BERTs are published -> (content of config.json, state dict, words of vocab.txt or
+    None if there is no such file). Raises FileNotFoundError or ValueError of one line."""
+    folder = Path(folder)
+    weights = [folder / name for name in BERT_FILES if (folder / name).is_file()]
+    if not weights or not (folder / "config.json").is_file():
+        lacking = "config.json" if weights else " or ".join(BERT_FILES)
+        text = f"a BERT is a folder with config.json, vocab.txt and {' or '.join(BERT_FILES)}"
+        raise FileNotFoundError(f"{folder}: no {lacking}; {text}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ValueError(f"{folder / 'config.json'}: not JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: {{...}} with a BERT's sizes is expected")
+    vocab_size = None
+    if (folder / "vocab.txt").is_file():
+        vocab_size = (folder / "vocab.txt").read_bytes().rstrip(b"\r\n").count(b"\n") + 1
+    return config, read_weights(weights[0]), vocab_size
+
+
+def read_weights(path):
+    """The state dict in a file, .safetensors or written by torch.save; ValueError if damaged."""
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as fault:  # torch.load raises half a dozen kinds, with unsafe advice
+        raise ValueError(f"{path}: damaged, or not a file of weights alone") from fault
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes with the length of a header; the header, JSON
+    with the dtype, the shape and the place of each tensor; the numbers, end to end.
+    Raises ValueError if the file is cut off or says something else than it holds."""
+    tensors = {}
+    name = "its header"
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        left = Path(path).stat().st_size - 8 - length  # bytes of numbers
+        try:
+            header = json.loads(file.read(length) if left > 0 else "")
+            header.pop("__metadata__", None)
+            place = 0
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype = SAFETENSORS[entry["dtype"]]
+                end = place + math.prod(entry["shape"]) * dtype.itemsize
+                if entry["data_offsets"] != [place, end] or not place < end <= left:
+                    raise ValueError("its numbers do not follow those of the tensor before")
+                numbers = bytearray(file.read(end - place))
+                tensors[name] = torch.frombuffer(numbers, dtype=dtype).reshape(entry["shape"])
+                place = end
+            if place != left:
+                raise ValueError("numbers that belong to no tensor follow")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as fault:
+            text = f"cut off or damaged at {name}: download it again"
+            raise ValueError(f"{path}: {text}") from fault
+    return tensors
 
 
 # ---- the fast path -----------------------------------------------------------------------------

@@ -188,14 +188,26 @@ def test_a_mask_that_is_not_bool_or_of_another_shape_is_refused(model, wrong):
         model(ids, features, boxes, text_mask, change(region_mask))
 
 
+def random_batch(b, t, r):
+    """B pairs of T text positions and R regions, padding anywhere but at [CLS]."""
+    text_mask = torch.rand(b, t) < 0.8
+    text_mask[:, 0] = True
+    ids = torch.randint(1, 40, (b, t))
+    return ids, torch.randn(b, r, 6), torch.rand(b, r, 7), text_mask, torch.rand(b, r) < 0.8
+
+
 @torch.no_grad()
-def test_forward_can_be_exported_for_any_batch(model):
-    batch = make_batch()
-    size = torch.export.Dim("pairs", min=2, max=64)
-    shapes = tuple({0: size} for _ in batch)
-    exported = torch.export.export(model, batch, dynamic_shapes=shapes).module()
-    more = [torch.cat((x, x)) for x in batch]
-    assert close(exported(*more), model(*more))
+def test_forward_is_exported_once_for_every_number_of_pairs_words_and_regions(model):
+    pairs = torch.export.Dim("pairs", max=64)
+    words = torch.export.Dim("words", max=12)
+    regions = torch.export.Dim("regions", max=100)
+    text = {0: pairs, 1: words}
+    image = {0: pairs, 1: regions}
+    shapes = (text, image, image, text, image)
+    exported = torch.export.export(model, random_batch(3, 6, 4), dynamic_shapes=shapes).module()
+    for sizes in ((5, 9, 2), (2, 12, 30), (40, 3, 7)):
+        batch = random_batch(*sizes)
+        assert close(exported(*batch), model(*batch))
 
 
 @torch.no_grad()

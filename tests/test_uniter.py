@@ -540,7 +540,7 @@ def test_what_holds_no_weights_is_refused_in_one_line(weights, state):
     with pytest.raises(ValueError, match="UNITER weights") as fault:
         Config.from_uniter(state)
     assert "\n" not in str(fault.value)
-    with pytest.raises(ValueError, match="UNITER weights") as fault:
+    with pytest.raises(ValueError, match="UNITER weights|weights are not complete") as fault:
         model.load_uniter(state)
     assert "\n" not in str(fault.value)
     assert bits_equal(snapshot(model), before)
