@@ -113,6 +113,7 @@ class WordPiece:
         special = [token in SPECIALS or token.startswith("[unused") for token in self.tokens]
         self.word_range = ([*special, False].index(False), len(self.tokens))
         self.pieces = cache(self.pieces)  # captions repeat their words
+        self.whole_words = torch.tensor([not token.startswith("##") for token in self.tokens])
 
     def pieces(self, word):
         """One word of split_words -> the ids of its pieces."""

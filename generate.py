@@ -22,7 +22,7 @@ A worked example, M = 1, K = 2, H = 1 (phrases: "two dogs", "running", "on", "gr
     [CLS] three cows running on grass [SEP]        kept; labels -1 two dogs -1 -1 -1 -1
 
 Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
-or `match` raises ValueError on a CPU alone; on a GPU a sentence with a NaN score is not used."""
+or `match` raises NotFiniteError on a CPU alone; a GPU does not use a sentence with a NaN score."""
 
 import math
 import re
@@ -30,6 +30,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class NotFiniteError(ValueError):
+    """The network gives NaN, as when its training has diverged."""
 
 
 class Negatives(NamedTuple):
@@ -190,11 +194,11 @@ def word_logits(fill, ids, images, places, vocabulary_range):
 
 
 def word_probabilities(logits):
-    """softmax (q, W). A row with NaN raises ValueError on a CPU; on a GPU it becomes all ones."""
+    """softmax (q, W). A row with NaN raises on a CPU; on a GPU it becomes all ones."""
     probabilities = logits.softmax(-1)
     missing = probabilities[:, :1].isnan()  # (q, 1); softmax spreads a NaN over its row
     if logits.device.type == "cpu" and missing.any():
-        raise ValueError("fill gave NaN, or no word a chance: no word can be drawn")
+        raise NotFiniteError("fill gave NaN, or no word a chance: no word can be drawn")
     return probabilities.masked_fill_(missing, 1.0)
 
 
@@ -232,7 +236,7 @@ def score_candidates(match, candidates, usable, chunk_size):
         if logits.shape != chunk.shape:
             raise ValueError(f"match must return ({len(chunk)},), got {tuple(logits.shape)}")
         if logits.device.type == "cpu" and logits.isnan().any():
-            raise ValueError("match gave NaN: no hardest sentence can be selected")
+            raise NotFiniteError("match gave NaN: no hardest sentence can be selected")
         scores[chunk] = logits
     return scores.view(B, N)
 

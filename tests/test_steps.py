@@ -69,6 +69,7 @@ def batch_of(B=2, P=3, M=2, T=4):
         labels=labels,
         places=torch.cat((places, torch.zeros(3, dtype=torch.long))),
         targets=torch.cat((labels.flatten()[places], torch.full((3,), -1))),
+        writer_images=torch.arange(B)[:, None].expand(B, M),
     )
 
 
@@ -87,36 +88,33 @@ def hinges(model, batch, pairs):
     return total / len(pairs)
 
 
+SETTINGS = tagsdc.Settings(
+    tokenizer=SimpleNamespace(pad_id=PAD),
+    device="cpu",
+    dtype=torch.float32,
+    margin=0.2,
+    retrieved=2,
+    hard=2,
+    refills=2,
+    temperature=1.0,
+    truth_threshold=1.0,
+    score_batch=8,
+)
+
+
 @pytest.fixture
 def step(monkeypatch):
     """A step with a given batch and given negatives -> model, loss, {name: value}."""
-    data = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=PAD), splits={"train": None})
 
-    def take(batch, weights, partners=None, retrieved=None, written=None, original_weight=0.11):
-        args = SimpleNamespace(
-            dtype="float32",
-            warmup_batch_size=len(batch.masked),
-            warmup_mask_probability=0.3,
-            wrong_partners=7,
-            pool=len(batch.input_ids),
-            batch_size=len(batch.masked),
-            mask_probability=0.15,
-            maskings=2,
-            retrieved=2,
-            score_batch=8,
-            margin=0.2,
-            original_weight=original_weight,
-        )
+    def take(batch, weights, partners=None, retrieved=None, written=None):
         model = Toy().to(batch.input_ids.device)
-        monkeypatch.setattr(tagsdc, "draw_pairs", lambda split, count, rng: range(count))
-        monkeypatch.setattr(tagsdc, "make_batch", lambda *_: batch)
         monkeypatch.setattr(tagsdc, "draw_wrong_partners", lambda *_: partners)
         monkeypatch.setattr(tagsdc, "retrieve_negatives", lambda *_: retrieved)
         monkeypatch.setattr(tagsdc, "write_negatives", lambda *_: written)
         if retrieved is None:
-            result = tagsdc.warmup_step(model, data, args, weights, "cpu", None, None)
+            result = tagsdc.warmup_step(model, batch, weights, SETTINGS)
         else:
-            result = tagsdc.tailored_step(model, model, data, args, weights, "cpu", None, None)
+            result = tagsdc.tailored_step(model, model, batch, weights, SETTINGS)
         return model, *result
 
     return take
@@ -221,13 +219,10 @@ def test_retrieved_negatives_of_both_kinds(step):
 ALL = {"hard": 1.0, "tags": 0.5, "mlm": 0.25, "wod": 0.125, "woc": 2.0}
 
 
-@pytest.mark.parametrize("original_weight", [0.11, 0.5])
-def test_the_five_terms_and_their_sum(step, original_weight):
+def test_the_five_terms_and_their_sum(step):
     batch = batch_of()
     written = written_of(batch)
-    model, loss, values = step(
-        batch, ALL, retrieved=retrieved_of(), written=written, original_weight=original_weight
-    )
+    model, loss, values = step(batch, ALL, retrieved=retrieved_of(), written=written)
     sentences = written.sentences
     kept = [(0, sentences[0, 0], 0), (0, sentences[0, 1], 0), (1, sentences[1, 0], 1)]
     assert values["tags"].item() == near(hinges(model, batch, kept))
@@ -241,7 +236,7 @@ def test_the_five_terms_and_their_sum(step, original_weight):
         for place, word in enumerate(batch.input_ids[pair].tolist()):
             log_p = hidden[place, :2].log_softmax(0)
             wrong = text[place] != word
-            wod -= log_p[0].item() if wrong else original_weight * log_p[1].item()
+            wod -= log_p[0].item() if wrong else 0.11 * log_p[1].item()
             if wrong:
                 woc -= (2 * hidden[place] @ model.words.T).log_softmax(0)[word].item()
     assert values["wod"].item() == near(wod / 12), "a sentence that is not valid has no say"
@@ -273,7 +268,7 @@ def test_nothing_waits_for_a_device(step):
         return [tensor.to("meta") for tensor in tensors]
 
     whole = batch_of()
-    batch = tagsdc.Batch(*on_meta(whole))
+    batch = tagsdc.Batch(*on_meta(whole))._replace(labels=whole.labels)
     retrieved = [tagsdc.Retrieved(*on_meta(kind)) for kind in retrieved_of()]
     written = Negatives(*on_meta(written_of(whole)))
     _, loss, values = step(batch, ALL, retrieved=retrieved, written=written)

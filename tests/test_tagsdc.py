@@ -35,7 +35,7 @@ COMMAND = [sys.executable, str(ROOT / "tagsdc.py"), *SMALL]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run directory that holds a finished small run."""
-    out = tmp_path_factory.mktemp("run")
+    out = tmp_path_factory.mktemp("runs") / "world"
     assert tagsdc.main([*SMALL, "--out", str(out), "--save-scores"]) == 0
     return out
 
@@ -43,15 +43,21 @@ def world(tmp_path_factory):
 @pytest.fixture
 def no_report(monkeypatch):
     """Spares the reports on the test split, where a test asks for none of their figures."""
-    monkeypatch.setattr(tagsdc, "test_report", lambda *_: ({"rsum": 0.0}, None, None))
+    monkeypatch.setattr(tagsdc, "test_report", lambda *_: None)
     monkeypatch.setattr(tagsdc, "finish", lambda *_: None)
 
 
 def share_data(out, world):
-    """The drawn scenes of `world` in another run directory."""
+    """Another run directory, with the drawn scenes of `world` beside it."""
     out.mkdir(exist_ok=True)
-    (out / "data").symlink_to(world / "data")
+    if not (out.parent / "data").exists():
+        (out.parent / "data").symlink_to(world.parent / "data")
     return out
+
+
+def scenes_of(world):
+    """The data that `world` learnt from."""
+    return data.load_scenes(0, (30, 5, 8), world.parent / "data" / "scenes-seed0-30-5-8")
 
 
 def rerun(out, world, *options):
@@ -86,7 +92,7 @@ def assert_same_run(one, other):
 
 
 def test_a_run_leaves_everything_it_promises(world):
-    promised = "log.csv metrics.json last.pt best.pt negatives.png scores.npy".split()
+    promised = "log.csv metrics.json last.pt best.pt negatives.png curves.png scores.npy".split()
     assert set(promised) <= {path.name for path in world.iterdir()}
     recall = {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}
     assert recall <= metrics(world)["test"].keys()
@@ -97,12 +103,16 @@ def test_a_run_leaves_everything_it_promises(world):
     assert not list(world.glob("*.part"))
 
 
-def test_a_term_is_logged_as_the_mean_over_the_steps_that_had_it(world, tmp_path, no_report):
-    shape = "--phases warmup=1 --steps 4 --words-first 0.75 --log-every".split()
-    for every in ("1", "2"):
+def test_a_line_of_the_log_is_the_mean_over_its_steps(world, tmp_path, no_report):
+    shape = "--phases tags=1 --steps 4 --validations 1 --log-every".split()
+    for every in ("1", "3"):
         rerun(tmp_path / every, world, *shape, every)
-    last = [rows(tmp_path / every)[-1]["itm"] for every in ("1", "2")]
-    assert last[0] == last[1], "only the last of the four steps learns matching"
+    single = rows(tmp_path / "1")
+    joint = rows(tmp_path / "3")
+    assert [row["step"] for row in joint] == ["1", "3", "4"], "also after the very first step"
+    for name in ("loss", "hard", "tags", "positive", "kept"):
+        mean = (float(single[1][name]) + float(single[2][name])) / 2
+        assert float(joint[1][name]) == pytest.approx(mean, abs=2e-5), name
 
 
 def test_training_learns(world, tmp_path, no_report):
@@ -134,7 +144,7 @@ def test_a_phase_s_own_heads_are_trained_however_good_the_phase_before_was(
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["progress"]
     validated = [row for row in rows(tmp_path / "run") if row["val_rsum"]]
     first = [row["phase"] for row in validated].index("dc")
-    assert best["phase"] == 2 and best["best"]["rsum"] == 99.0 - first
+    assert best["phase"] == 3 and best["best"]["rsum"] == 99.0 - first
     steps = [row["step"] for row in validated if row["phase"] == "dc"]
     assert steps and int(steps[0]) > 10, "not before half of it: the heads are new"
 
@@ -168,21 +178,29 @@ def test_a_weight_of_zero_takes_the_term_out_of_the_plan(term):
     assert sum(phase.steps for phase in plan) == tagsdc.make_parser().get_default("steps")
 
 
-def test_the_terms_and_the_rate_of_each_step():
-    """In the two parts of the warm-up and in a phase: up in a tenth of the steps, then down."""
-    options = "--steps 130 --phases warmup=10 dc=3 --words-first 0.6 --warmup-lr 0.5 --dc-lr 2"
-    warmup, dc = tagsdc.plan_phases(tagsdc.parse_arguments(options.split()))
-    assert (warmup.steps, warmup.words_alone, dc.steps, dc.words_alone) == (100, 60, 30, 0)
-    for phase, begin, end, peak in ((warmup, 0, 60, 0.5), (warmup, 60, 100, 0.5), (dc, 0, 30, 2)):
-        steps = [tagsdc.terms_and_rate(phase, step) for step in range(begin, end)]
-        rates = [rate for _, rate in steps]
-        top = round(0.1 * (end - begin)) - 1
+def test_the_plan_and_the_rate_of_each_step():
+    """In each part: up in a tenth of the steps, then down."""
+    options = "--steps 260 --phases warmup=10 dc=3 --warmup-lr 0.5 --lr 2".split()
+    words, matching, dc = plan = tagsdc.plan_phases(tagsdc.parse_arguments(options))
+    assert [phase.name for phase in plan] == ["warmup", "warmup", "dc"]
+    assert (words.part, words.weights, words.steps) == ("words", {"mlm": 1.0}, 160)
+    assert (matching.part, matching.weights.keys()) == ("matching", {"mlm", "itm"})
+    assert (matching.steps, dc.steps) == (40, 60)
+    assert dc.weights.keys() == {"hard", "tags", "mlm", "wod", "woc"}
+    for phase, peak in ((words, 0.5), (matching, 0.5), (dc, 2)):
+        rates = [tagsdc.learning_rate(phase, step) for step in range(phase.steps)]
+        top = round(0.1 * phase.steps) - 1
         assert rates[top] == max(rates) == pytest.approx(peak, rel=0.02)
         assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[0] == peak / (top + 1)
         assert rates[top:] == sorted(rates[top:], reverse=True)
-        assert rates[-1] == pytest.approx(peak / (0.9 * (end - begin)))
-        terms = {"mlm"} if end == 60 else {"mlm", "itm"} if phase is warmup else dc.weights.keys()
-        assert all(weights.keys() == terms for weights, _ in steps)
+        assert rates[-1] == pytest.approx(peak / (0.9 * phase.steps))
+
+
+def test_the_paper_s_recipe_is_its_way_of_writing_in_two_stages():
+    args = tagsdc.parse_arguments(["--recipe", "paper"])
+    assert (args.writer_sees, args.temperature, args.truth_threshold) == ("own", 1.5, 1.0)
+    assert [phase.part for phase in tagsdc.plan_phases(args)] == "words matching tags dc".split()
+    assert args.data == "scenes"
 
 
 def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path, monkeypatch, no_report):
@@ -190,7 +208,8 @@ def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path, monke
     best = {}
 
     def record(self, phase):
-        best[phase.name] = weights(self.out, "best.pt")
+        if phase.part != "words":
+            best[phase.name] = weights(self.out, "best.pt")
         end_phase(self, phase)
 
     monkeypatch.setattr(tagsdc.Trainer, "end_phase", record)
@@ -204,16 +223,16 @@ def test_a_frozen_writer_keeps_the_weights_of_the_warm_up(world, tmp_path, monke
 # ---- interruption and resumption ---------------------------------------------------------------
 
 
-# Method of Trainer, and the phase and the step in it at which SIGTERM comes: within the two parts
-# of the warm-up, before its validation and its report, between two lines of the log, at the end.
+# Method of Trainer, and the phase and the step in it at which SIGTERM comes: within both parts of
+# the warm-up, before its validation and its report, between two lines of the log, at the end.
 MOMENTS = [
-    ("optimise", 0, 0),
-    ("validate", 0, 4),
-    ("end_phase", 0, 4),
-    ("optimise", 1, 2),
-    ("validate", 1, 2),
-    ("optimise", 2, 3),
-    ("end_phase", 2, 4),
+    ("optimise", 0, 2),
+    ("validate", 1, 1),
+    ("end_phase", 1, 1),
+    ("optimise", 2, 2),
+    ("validate", 2, 2),
+    ("optimise", 3, 3),
+    ("end_phase", 3, 4),
 ]
 
 
@@ -245,9 +264,9 @@ def test_an_interrupted_run_resumes_to_the_same_result(moments, monkeypatch, wor
 
 def test_an_interrupt_loses_the_steps_since_the_last_line_of_the_log(world, tmp_path, monkeypatch):
     out = share_data(tmp_path / "cut", world)
-    assert interrupt_at(("optimise", 1, 3), monkeypatch, [*SMALL, "--out", str(out)]) == 143
+    assert interrupt_at(("optimise", 2, 3), monkeypatch, [*SMALL, "--out", str(out)]) == 143
     progress = torch.load(out / "last.pt", weights_only=True)["progress"]
-    assert (progress["phase"], progress["step"]) == (1, 2)
+    assert (progress["phase"], progress["step"]) == (2, 2)
     assert progress["log"][-1]["step"] == 6 == int(rows(out)[-1]["step"])
     assert not list(out.glob("*.part"))
 
@@ -309,7 +328,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatc
     sizes = []
 
     def full(state, path):
-        if state["progress"]["step"] == 4:
+        if state["progress"]["phase"] == 2 and state["progress"]["step"] == 2:
             Path(path).write_bytes(b"half of it")
             raise RuntimeError("PytorchStreamWriter failed writing file: no space left on device")
         save(state, path)
@@ -318,7 +337,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", full)
     assert tagsdc.main([*SMALL, "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "best.pt" in error and "space" in error and "Traceback" not in error
+    assert "last.pt" in error and "space" in error and "Traceback" not in error
     assert os.path.getsize(out / "last.pt") == sizes[-1] and not list(out.glob("*.part"))
 
 
@@ -354,7 +373,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
 
     monkeypatch.setattr(tagsdc, "warmup_step", spoiled)
     rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "4")
-    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [1, 0]
+    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [0, 1, 0, 0]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
     assert "skipped 1" in capsys.readouterr().out
 
@@ -390,21 +409,18 @@ def test_collapse_and_empty_negatives_are_told_once(
 
 
 def test_an_accumulated_step_is_that_of_the_mean_gradient(world, tmp_path, monkeypatch, no_report):
-    """Two batches of a step: twice as many rows of the history, one step of the optimiser."""
     gradients = []
 
     def record(model):
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
 
     monkeypatch.setattr(tagsdc, "average_gradients", record)
-    shape = "--phases warmup=1 --steps 1 --log-every 1 --words-first 1 --accumulate".split()
+    shape = "--phases tags=1 --steps 1 --accumulate".split()
     rerun(tmp_path / "two", world, *shape, "2")
-    step = tagsdc.warmup_step
-    monkeypatch.setattr(tagsdc, "warmup_step", lambda *rest: (step(*rest), step(*rest))[1])
-    rerun(tmp_path / "second", world, *shape, "1")
-    monkeypatch.setattr(tagsdc, "warmup_step", step)
     rerun(tmp_path / "first", world, *shape, "1")
-    joint, second, first = gradients
+    monkeypatch.setattr(tagsdc.Trainer, "number_of_batch", lambda self, n: (0, 0, 0, 0, 1))
+    rerun(tmp_path / "second", world, *shape, "1")
+    joint, first, second = gradients
     for a, b, c in zip(joint, first, second):
         torch.testing.assert_close(a, (b + c) / 2, atol=1e-6, rtol=1e-4)
 
@@ -416,7 +432,7 @@ EARLIER = ("last.pt", "best.pt", "metrics.json", "run.json", "log.csv")
     "options, words",
     [
         ("--init {tmp}/none.pt", "none.pt"),
-        ("--init {tmp}/old.pt", "no checkpoint of format"),
+        ("--init {tmp}/old.pt", "a checkpoint of format 1, not 4"),
         ("--init {tmp}/wide.pt", "feature_size"),
         ("--probe {tmp}/none.json", "none.json"),
         ("--data {tmp}/none.json", "no region features"),
@@ -467,7 +483,7 @@ def test_figures_are_written_before_pictures_and_probes_can_fail(
 
 
 def test_a_probe_is_run_and_kept_with_the_figures(world, tmp_path):
-    split = data.load_scenes(0, (30, 5, 8), world / "data" / "scenes").splits["test"]
+    split = scenes_of(world).splits["test"]
     item = {"filename": split.images[0], "caption": "a red star", "negative_caption": "a blue star"}
     (tmp_path / "probe.json").write_text(json.dumps({"0": item}))
     options = ["--phases", "tags=1", "--steps", "1", "--probe", str(tmp_path / "probe.json")]
@@ -502,7 +518,9 @@ def test_a_checkpoint_that_was_moved_is_evaluated_and_nothing_but_out_is_written
     out = tmp_path / "out"
     assert tagsdc.main(["--eval", str(moved / "mine.pt"), "--out", str(out)]) == 0
     assert [path.name for path in moved.iterdir()] == ["mine.pt"]
-    assert (out / "negatives.png").exists()
+    assert (out / "negatives.png").exists() and not (out / "curves.png").exists()
+    record = json.loads((out / "eval.json").read_text())
+    assert record["test"]["rsum"] == metrics(world)["test"]["rsum"] and record["split"] == "test"
     search = ["--checkpoint", str(moved / "mine.pt"), "--query", "a red star above a blue ring"]
     assert tagsdc.main([*search, "--out", str(out)]) == 0
     assert [path.name for path in moved.iterdir()] == ["mine.pt"]
@@ -526,8 +544,8 @@ def test_query_and_image_search(world, capsys):
     assert tagsdc.main([*checkpoint, "--query", "a small red star above a blue ring."]) == 0
     scores = found_scores(capsys)
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
-    assert (world / "search.png").exists()
-    name = data.load_scenes(0, (30, 5, 8), world / "data" / "scenes").splits["test"].images[3]
+    assert (world / "eval" / "search.png").exists()
+    name = scenes_of(world).splits["test"].images[3]
     assert tagsdc.main([*checkpoint, "--image", name]) == 0
     assert len(found_scores(capsys)) == 6
 
@@ -630,40 +648,61 @@ def test_a_checkpoint_of_other_features_or_words_says_which_field_differs(world,
 # ---- recipes -----------------------------------------------------------------------------------
 
 
+SHARED = {
+    "dropout": 0.1,
+    "accumulate": 8,
+    "pool": 399,
+    "maskings": 20,
+    "refills": 20,
+    "writer_sees": "own",
+    "truth_threshold": 1.0,
+    "margin": 0.2,
+    "val_images": 1000,
+    "validations": 10,
+}
+
+
 @pytest.mark.parametrize(
-    "recipe, lr, steps, tags, mlm, more",
+    "recipe, lr, steps, anchors, H, temperature, tags, mlm",
     [
-        ("coco-base-1", 5e-5, 5000, 5e-5, 0.01, {}),
-        ("coco-base-2", 1e-5, 1500, 1e-4, 0.05, dict(lambda_wod=5e-4, lambda_woc=5e-4)),
-        ("flickr-base-1", 5e-5, 5000, 5e-4, 0.05, dict(temperature=2.0, batch_size=16)),
-        ("flickr-base-2", 1e-5, 5000, 5e-4, 0.1, dict(temperature=1.5)),
-        ("coco-large-1", 4e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23, temperature=1.5)),
-        ("coco-large-2", 1e-5, 5000, 1e-4, 0.05, dict(size="large", hard=31)),
-        ("flickr-large-1", 5e-5, 5000, 1e-3, 0.05, dict(size="large", hard=23, temperature=2.0)),
-        ("flickr-large-2", 1e-5, 1500, 5e-4, 0.05, dict(size="large", hard=23)),
+        ("coco-base-1", 5e-5, 5000, 256, 31, 1.5, 5e-5, 0.01),
+        ("coco-base-2", 1e-5, 1500, 256, 31, 1.5, 1e-4, 0.05),
+        ("coco-large-1", 4e-5, 5000, 256, 23, 1.5, 1e-3, 0.05),
+        ("coco-large-2", 1e-5, 5000, 256, 31, 1.5, 1e-4, 0.05),
+        ("flickr-base-1", 5e-5, 5000, 128, 31, 2.0, 5e-4, 0.05),
+        ("flickr-base-2", 1e-5, 5000, 256, 31, 1.5, 5e-4, 0.1),
+        ("flickr-large-1", 5e-5, 5000, 256, 23, 2.0, 1e-3, 0.05),
+        ("flickr-large-2", 1e-5, 1500, 256, 23, 1.5, 5e-4, 0.05),
     ],
 )
-def test_recipes_are_the_release_s_schedules(recipe, lr, steps, tags, mlm, more):
+def test_recipes_are_the_release_s_schedules(recipe, lr, steps, anchors, H, temperature, tags, mlm):
+    _, size, stage = recipe.split("-")
     args = tagsdc.parse_arguments(["--recipe", recipe])
     (phase,) = tagsdc.plan_phases(args)
     assert (phase.steps, phase.peak_lr) == (steps, lr)
-    assert phase.name == ("tags" if recipe[-1] == "1" else "dc")
-    assert (phase.weights["tags"], phase.weights["mlm"]) == (tags, mlm)
-    assert ("wod" in phase.weights) == (phase.name == "dc")
-    assert (args.pool, args.maskings, args.refills, args.dropout) == (399, 20, 20, 0.1)
-    assert (args.writer_sees, args.truth_threshold) == ("own", 1.0)
-    assert args.retrieved == args.hard and vars(args).items() >= more.items()
+    weights = {"hard": 1.0, "tags": tags, "mlm": mlm}
+    if stage == "2":
+        weights |= {"wod": 5e-4, "woc": 5e-4}
+    assert phase.weights == weights and phase.name == ("tags" if stage == "1" else "dc")
+    assert (args.size, args.retrieved, args.hard, args.temperature) == (size, H, H, temperature)
+    assert args.batch_size * args.accumulate == anchors
+    assert vars(args).items() >= SHARED.items()
+    assert args.test_images == (0 if stage == "1" else None)
     assert tagsdc.parse_arguments(["--recipe", recipe, "--lr", "0.5"]).lr == 0.5
 
 
-def test_recipes_hold_the_same_options_each_and_none_that_is_unknown():
+def test_recipes_hold_no_unknown_option_and_every_value_in_which_two_stages_differ():
     known = vars(tagsdc.make_parser().parse_args([])).keys()
     for recipe in (*tagsdc.RECIPES.values(), tagsdc.QUICK):
         assert recipe.keys() <= known
-    first = {name for name in tagsdc.RECIPES if name.endswith("1")}
-    for name, recipe in tagsdc.RECIPES.items():
-        other = "coco-base-1" if name in first else "coco-base-2"
-        assert recipe.keys() == tagsdc.RECIPES[other].keys()
+    for stage in "12":
+        recipes = [recipe for name, recipe in tagsdc.RECIPES.items() if name.endswith(stage)]
+        assert all(recipe.keys() == recipes[0].keys() for recipe in recipes)
+
+
+def test_a_schedule_of_the_release_needs_weights(world, tmp_path, capsys):
+    assert tagsdc.main(["--recipe", "coco-base-1", "--out", str(tmp_path / "run")]) == 2
+    assert "give its weights by --init" in capsys.readouterr().err
 
 
 def test_given_options_lie_over_a_checkpoint_s(world):
@@ -672,7 +711,7 @@ def test_given_options_lie_over_a_checkpoint_s(world):
     assert state["arguments"]["hard"] == 3
     best = ["--eval", str(world / "best.pt")]
     assert tagsdc.parse_arguments(best).hard == 3
-    assert tagsdc.parse_arguments(best).out == str(world)
+    assert tagsdc.parse_arguments(best).out == str(world / "eval")
     assert tagsdc.parse_arguments([*best, "--hard", "4"]).hard == 4
     assert tagsdc.parse_arguments([*best, "--hard", "2"]).hard == 2
 
