@@ -40,6 +40,16 @@ MEASURES = {  # what is counted, in percent where nothing else is said
     "one_word_wrong": "captions that outscore their one-word corruption",
     "oversensitivity": "paraphrases that do not outscore the corruption",
     "altered_tr_r1": "tr_r1 with the corruptions among the candidates",
+    "altered_tr_r5": "tr_r5 with the corruptions among the candidates",
+    "altered_tr_r10": "tr_r10 with the corruptions among the candidates",
+    "pairwise": "true captions that outscore their false ones",
+    "same_length": "items that wod_ and woc_ are of, a number",
+    "items": "items whose image has features, a number",
+    "total": "items in the file, a number",
+    "held_out": "items with an image of this split, a number",
+    "map_at_r": "mean average precision at R, R = number of positives",
+    "rprecision": "positives among the first R",
+    "queries": "queries, a number",
 }
 
 # ---- recall ------------------------------------------------------------------------------------
@@ -980,9 +990,14 @@ def table(metrics, warmup):
     lines = [f"{'':32}{'warm-up' if warmup else '':>10}{'final':>10}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        line = f"{name:32}{before:>10}{value:10.2f}  {MEASURES.get(name, '')}"
-        lines.append(line.rstrip())
+        lines.append(f"{name:32}{before:>10}{value:10.2f}  {meaning_of(name)}".rstrip())
     return lines
+
+
+def meaning_of(name):
+    """What a measure counts; those of probes and of the folds have another name before theirs."""
+    fitting = [measure for measure in MEASURES if f"_{name}".endswith(f"_{measure}")]
+    return MEASURES[max(fitting, key=len)] if fitting else ""
 
 
 def search(model, data, split, query, image, path, **options):
