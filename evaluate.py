@@ -185,9 +185,9 @@ def score_matrix(
 
 
 def open_scores(path, model, data, split, dtype):
-    """The score matrix (C, I) of a split as a memory-mapped .npy file, for score_matrix to fill: nan
-    where nothing is scored yet. One that is there goes on if the note beside it says that it is of
-    the same weights, data and dtype; else it is begun anew."""
+    """The score matrix (C, I) of a split as a memory-mapped .npy file, for score_matrix to fill:
+    nan where nothing is scored yet. A file that is there is used if the note beside it says that
+    it is of the same weights, data and dtype; else it is begun anew."""
     content = data.splits[split]
     digest = hashlib.sha256()
     for value in model.state_dict().values():
@@ -800,8 +800,8 @@ def draw_negatives(path, model, data, split, scores, examples, count=5, seed=0, 
     # In how many examples does the caption not score above all that was written?
     beaten = row[~(scores[captions, images][row] > logits)].unique()
     remark = (
-        f"Bars: matching score. Images drawn by the seed ({seed}), not picked. In {len(beaten)} of all {len(images)}"
-        " examples a written sentence scores as high as the caption, or higher."
+        f"Bars: matching score. Images drawn by the seed ({seed}), not picked. In {len(beaten)} of"
+        f" all {len(images)} examples a written sentence scores as high as the caption, or higher."
     )
     draw_rows(path, data, split, rows, remark)
 
@@ -828,8 +828,8 @@ def mark_words(tokens, sentence, original, suspicion, corrections):
 
 # ---- pictures: curves.png ----------------------------------------------------------------------
 
-# Title; ticks of the vertical axis, or None for a logarithmic one; {column of log.csv: (its name,
-# its colour)}.
+# Title; ticks of the vertical axis, or None for a logarithmic one; columns of log.csv, each with
+# its name and colour.
 PANELS = (
     (
         "loss, before weighting (logarithmic)",
