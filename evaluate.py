@@ -1,11 +1,13 @@
 """What a model is worth: recall, the paper's analyses, altered captions, probes, pictures.
 
 Letters: C captions, I images, N sentences or pairs, H negatives of a caption, T text positions.
-Every mask: True = real. All shares are in percent, and a tie counts against the model. `options`
-are device, dtype (float32, or bfloat16 by autocast) and score_batch (pairs in one pass)."""
+Every mask: True = real. All shares are in percent, and a tie counts against the model. MEASURES
+says in a phrase what each measure counts. `options` are device, dtype (float32, or bfloat16 by
+autocast) and score_batch (pairs in one pass), with the defaults of score_matrix."""
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import random
 from pathlib import Path
@@ -19,15 +21,49 @@ import data as datasets
 from data import InputError, Split, describes, image_key
 from model import autocast
 
+MEASURES = {  # what is counted, in percent where nothing else is said
+    "tr_r1": "images that find one of their captions first",
+    "tr_r5": "images with one of their captions among the first 5",
+    "tr_r10": "images with one of their captions among the first 10",
+    "ir_r1": "captions that find their image first",
+    "ir_r5": "captions with their image among the first 5",
+    "ir_r10": "captions with their image among the first 10",
+    "rsum": "the sum of these six, 600 at best",
+    "synthetic_score": "mean score of the written negatives, 0 to 1",
+    "wod_auc": "a replaced word is more suspicious than an original one",
+    "wod_most_suspicious": "negatives whose most suspicious word was replaced",
+    "woc_accuracy": "replaced words for which correction names the original",
+    "sentences_repaired": "wrong negatives mended by correcting one word",
+    "fair_negatives": "negatives that are false, says the oracle",
+    "true_negatives": "negatives that are true after all, says the oracle",
+    "ungrammatical_negatives": "negatives that are no sentence, says the oracle",
+    "one_word_wrong": "captions that outscore their one-word corruption",
+    "oversensitivity": "paraphrases that do not outscore the corruption",
+    "altered_tr_r1": "tr_r1 with the corruptions among the candidates",
+    "altered_tr_r5": "tr_r5 with the corruptions among the candidates",
+    "altered_tr_r10": "tr_r10 with the corruptions among the candidates",
+    "pairwise": "true captions that outscore their false ones",
+    "same_length": "items that wod_ and woc_ are of, a number",
+    "items": "items whose image has features, a number",
+    "total": "items in the file, a number",
+    "held_out": "items with an image of this split, a number",
+    "map_at_r": "mean average precision at R, R = number of positives",
+    "rprecision": "positives among the first R",
+    "queries": "queries, a number",
+}
+
 # ---- recall ------------------------------------------------------------------------------------
 
 
 def retrieval_metrics(scores, image_of_caption):
-    """Recall of text retrieval (tr: the image asks) and image retrieval (ir: the caption asks).
-    scores: (C, I) float; nan counts against the query, as a tie does. image_of_caption: (C,) long,
-    in any order; -1 = a caption of no image, which is only in the way of others.
-    Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}."""
-    scores, owner = torch.as_tensor(scores).float(), torch.as_tensor(image_of_caption)
+    """Recall of text retrieval (tr: the image is the query) and image retrieval (ir).
+
+    scores: (C, I) float; nan counts against the query, as a tie does.
+    image_of_caption: (C,) long, in any order; -1 = a caption of no image, a distractor.
+    Returns {"tr_r1", "tr_r5", "tr_r10", "ir_r1", "ir_r5", "ir_r10", "rsum"}, see MEASURES.
+    Raises ValueError if the shapes do not fit."""
+    scores = torch.as_tensor(scores).float()
+    owner = torch.as_tensor(image_of_caption)
     if scores.dim() != 2 or owner.shape != scores.shape[:1] or owner.max() >= scores.size(1):
         raise ValueError(f"scores (C, I), owners (C,) < I wanted: {scores.shape}, {owner.shape}")
     matches = owner[:, None] == torch.arange(scores.size(1), device=owner.device)  # (C, I)
@@ -51,6 +87,13 @@ def fold_metrics(scores, image_of_caption, folds=5):
     return {name: sum(result[name] for result in results) / folds for name in results[0]}
 
 
+def is_coco_test(split):
+    """Whether a Split is COCO's test split of 5,000 images, by their names: COCO's ids, which end
+    at 581,929, or the numbers of SCAN's arrays."""
+    keys = [image_key(name).removeprefix("testall_ims_") for name in split.images]
+    return len(keys) == 5000 and all(key.isdecimal() and int(key) < 600_000 for key in keys)
+
+
 # ---- scores ------------------------------------------------------------------------------------
 
 
@@ -66,48 +109,141 @@ def inference(model, device, dtype=torch.float32):
         model.train(training)
 
 
-def equal_groups(sizes):
+def first_images(data, split, count):
+    """The data with a split cut to its first `count` images and their captions, to report on a
+    part. Scores of a part are higher than those of the whole, as there is less to confuse."""
+    content = data.splits[split]
+    captions = int((content.image_of_caption < count).sum())
+    part = dataclasses.replace(
+        content,
+        images=content.images[:count],
+        rows=content.rows[:count],
+        captions=content.captions[:captions],
+        image_of_caption=content.image_of_caption[:captions],
+        phrases=content.phrases[:captions] if content.phrases else None,
+        scenes=content.scenes[:count] if content.scenes else None,
+    )
+    return dataclasses.replace(data, splits=data.splits | {split: part})
+
+
+def groups_of_one_size(sizes):
     """Splits 0 .. N-1 into groups of equal sizes (N,), 256 at most."""
     return [group for n in sizes.unique() for group in (sizes == n).nonzero()[:, 0].split(256)]
 
 
 def score_matrix(
-    model, data, split, device="cpu", dtype=torch.float, score_batch=128, captions=None, images=None
+    model,
+    data,
+    split,
+    device="cpu",
+    dtype=torch.float32,
+    score_batch=128,
+    captions=None,
+    images=None,
+    scores=None,
 ):
     """Matching logits of every caption of a split with every image of it -> (C, I) on the CPU.
-    captions, images: (C,), (I,) long, those wanted, in that order; None = all."""
+
+    captions, images: (C,), (I,) long, those wanted, in that order; None = all.
+    scores: (C, I) float32 to be filled, with nan where a pair is not scored yet, such as those of
+    open_scores, with which an interrupted report goes on; None = a fresh one."""
     content = data.splits[split]
     captions = torch.as_tensor(range(len(content.captions)) if captions is None else captions)
     images = torch.as_tensor(range(len(content.images)) if images is None else images)
-    lengths = (data.text(split, captions) != data.tokenizer.pad_id).sum(1)
-    counts = torch.as_tensor(data.regions.counts[content.rows[images.numpy()]])
-    # A GPU gets pairs of one length, unmasked; on a CPU score_pairs packs those of any length.
+    if scores is None:
+        scores = torch.full((len(captions), len(images)), math.nan)
+    # On a CPU score_pairs packs pairs of any length; a GPU gets those of one length, unmasked.
     packed = torch.device(device).type == "cpu"
-    row_groups, column_groups = (equal_groups(0 * n if packed else n) for n in (lengths, counts))
-    scores = torch.empty(len(captions), len(images))
+    if packed:
+        row_groups = torch.arange(len(captions)).split(256)
+        column_groups = torch.arange(len(images)).split(256)
+    else:
+        lengths = (data.text(split, captions) != data.tokenizer.pad_id).sum(1)
+        counts = torch.as_tensor(data.regions.counts[content.rows[images.numpy()]])
+        row_groups = groups_of_one_size(lengths)
+        column_groups = groups_of_one_size(counts)
+    progress = datasets.ProgressLine("pairs scored", scores.numel())
     with inference(model, device, dtype):
         for columns in column_groups:
             features, boxes, mask = (x.to(device) for x in data.image(split, images[columns]))
             pictures = model.prepare_regions(features, boxes, mask if packed else None)
             for rows in row_groups:
-                ids = data.text(split, captions[rows]).to(device)
-                texts = model.prepare_text(ids, ids != data.tokenizer.pad_id if packed else None)
-                pairs = torch.arange(len(rows) * len(columns), device=device)
-                row = pairs // len(columns)
-                column = pairs % len(columns)
-                logits = model.score_pairs(texts, row, pictures, column, score_batch)
-                # The only place where the result of a GPU is waited for.
-                scores[rows[:, None], columns] = logits.float().view(len(rows), -1).cpu()
+                block = (rows[:, None], columns)
+                if scores[block].isnan().any():
+                    ids = data.text(split, captions[rows]).to(device)
+                    mask = ids != data.tokenizer.pad_id if packed else None
+                    texts = model.prepare_text(ids, mask)
+                    pairs = torch.arange(len(rows) * len(columns), device=device)
+                    row = pairs // len(columns)
+                    column = pairs % len(columns)
+                    logits = model.score_pairs(texts, row, pictures, column, score_batch)
+                    # The only place where the result of a GPU is waited for.
+                    scores[block] = logits.float().view(len(rows), -1).cpu()
+                progress.advance(len(rows) * len(columns))
+    progress.close()
     return scores
 
 
-def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float, score_batch=128):
-    """What the heads say of sentences (N, T) long, padded, with images (N,) long of a split.
-    Returns, on the CPU, matching logits (N,), and of each word (N, T) how sure discrimination is
-    that it was replaced (a difference of logits, -inf at no word) and the likeliest original."""
+def open_scores(path, model, data, split, dtype):
+    """The score matrix (C, I) of a split as a memory-mapped .npy file, for score_matrix to fill:
+    nan where nothing is scored yet. A file that is there is used if the note beside it says that
+    it is of the same weights, data and dtype; else it is begun anew."""
+    content = data.splits[split]
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().float().numpy().tobytes())
+    for part in (content.captions, content.images, content.rows.tolist(), data.regions.source):
+        digest.update(repr(part).encode())
+    made_of = f"{digest.hexdigest()} {dtype}\n"
+    path = Path(path)
+    note = path.with_name(f"{path.name}.of")
+    if not (path.exists() and note.exists() and note.read_text() == made_of):
+        note.unlink(missing_ok=True)
+        shape = (len(content.captions), len(content.images))
+        fresh = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        fresh[:] = math.nan
+        fresh.flush()
+        note.write_text(made_of)
+    return torch.from_numpy(np.lib.format.open_memmap(path, "r+"))
+
+
+def score_sentences(
+    model, data, split, texts, images, device="cpu", dtype=torch.float32, score_batch=128
+):
+    """Matching logits (N,) on the CPU of sentences, N strings, with images (N,) long of a split."""
+    content = dataclasses.replace(data.splits[split], captions=texts)
+    sentences = dataclasses.replace(data, splits={split: content})
+    scores = torch.empty(len(texts))
+    progress = datasets.ProgressLine("sentences scored", len(texts))
+    with inference(model, device, dtype):
+        # Sentences of one image stand together, so that its regions are embedded once.
+        for rows in images.argsort(stable=True).split(score_batch):
+            columns, column = images[rows].unique(return_inverse=True)
+            features, boxes, mask = (x.to(device) for x in data.image(split, columns))
+            pictures = model.prepare_regions(features, boxes, mask)
+            ids = sentences.text(split, rows).to(device)
+            prepared = model.prepare_text(ids, ids != data.tokenizer.pad_id)
+            row = torch.arange(len(rows), device=device)
+            logits = model.score_pairs(prepared, row, pictures, column.to(device), score_batch)
+            scores[rows] = logits.float().cpu()
+            progress.advance(len(rows))
+    progress.close()
+    return scores
+
+
+def judge_words(
+    model, data, split, ids, images, device="cpu", dtype=torch.float32, score_batch=128
+):
+    """What matching, discrimination and correction (3.4) make of sentences with their images.
+
+    ids: (N, T) long, padded. images: (N,) long, of the split.
+    Returns, on the CPU, matching logits (N,), the suspicion of each word (N, T): the logit of
+    "replaced" minus that of "original", -inf where no word stands; and the likeliest original word
+    (N, T) long."""
     tokenizer = data.tokenizer
     no_words = torch.tensor([tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id], device=device)
-    found = []
+    parts = []
+    progress = datasets.ProgressLine("sentences judged", len(ids))
     with inference(model, device, dtype):
         for text, columns in zip(ids.to(device).split(score_batch), images.split(score_batch)):
             features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
@@ -118,25 +254,14 @@ def judge_words(model, data, split, ids, images, device="cpu", dtype=torch.float
             suspicion = (replaced - original).nan_to_num()
             suspicion = suspicion.masked_fill(torch.isin(text, no_words), -math.inf)
             # All words at once times a large vocabulary would fill the memory.
-            corrections = [model.correct(part).argmax(-1) for part in words.split(16)]
-            judged = (logits.float(), suspicion, torch.cat(corrections))
-            found.append([part.cpu() for part in judged])
-    return [torch.cat(parts) for parts in zip(*found)]
+            corrections = [model.correct(some).argmax(-1) for some in words.split(16)]
+            parts.append((logits.float().cpu(), suspicion.cpu(), torch.cat(corrections).cpu()))
+            progress.advance(len(text))
+    progress.close()
+    return tuple(torch.cat(results) for results in zip(*parts))
 
 
-def score_sentences(model, data, split, texts, images, **options):
-    """Matching logits (N,) of sentences, N strings, with images (N,) long of a split."""
-    content = dataclasses.replace(data.splits[split], captions=texts)
-    sentences = dataclasses.replace(data, splits={split: content})
-    scores = torch.empty(len(texts))
-    for image in images.unique():
-        rows = (images == image).nonzero()[:, 0]
-        found = score_matrix(model, sentences, split, captions=rows, images=image[None], **options)
-        scores[rows] = found[:, 0]
-    return scores
-
-
-# ---- generated negatives: do the heads find and mend the wrong word? ---------------------------
+# ---- written negatives: do the heads find and mend the wrong word? -----------------------------
 
 
 def share(hits):
@@ -146,10 +271,12 @@ def share(hits):
 
 def word_metrics(suspicion, corrections, sentences, originals):
     """Word discrimination and correction (3.4) over all words at once.
+
     suspicion, corrections: (N, T), of judge_words. sentences, originals: (N, T) long; a word that
-    differs is replaced. wod_auc: the probability that a replaced word is more suspicious than an
-    original one, a tie is half. wod_most_suspicious: altered sentences whose most suspicious word
-    is a replaced one. woc_accuracy: replaced words whose original is the likeliest correction."""
+    differs is replaced.
+    wod_auc: the probability that a replaced word is more suspicious than an original one; a tie is
+    half. wod_most_suspicious: altered sentences whose most suspicious word is a replaced one.
+    woc_accuracy: replaced words whose original is the likeliest correction."""
     words = suspicion > -math.inf
     replaced = (sentences != originals) & words
     original = (sentences == originals) & words
@@ -167,14 +294,17 @@ def word_metrics(suspicion, corrections, sentences, originals):
 
 
 def example_metrics(model, data, split, examples, **options):
-    """word_metrics of generated negatives, their mean score (synthetic_score), sentences_repaired,
-    wrong ones that are true once the most suspicious word is corrected (the original, if there is
-    no oracle), and by the oracle fair_negatives (false), true_ and ungrammatical_negatives.
-    examples: {"images": (N,), "originals": (N, T), "sentences": (N, H, T), "valid": (N, H)}."""
+    """What there is to say of written negatives; {} of none.
+
+    examples: {"images": (N,), "originals": (N, T), "sentences": (N, H, T), "valid": (N, H)}.
+    synthetic_score: their mean score. word_metrics of them. sentences_repaired: of the wrong ones
+    those that are true once the most suspicious word is corrected; where there is no oracle, those
+    that are the original again. Of the scenes, whose oracle knows: fair_negatives are false, as
+    they should be, true_negatives are true, and ungrammatical_negatives are no sentences."""
     row = examples["valid"].nonzero()[:, 0]
     if not len(row):
         return {}
-    sentences = examples["sentences"][examples["valid"]]
+    sentences = examples["sentences"][examples["valid"]]  # (n, T)
     originals = examples["originals"][row]
     images = examples["images"][row]
     logits, suspicion, corrections = judge_words(model, data, split, sentences, images, **options)
@@ -202,9 +332,9 @@ def example_metrics(model, data, split, examples, **options):
 
 
 def altered_captions(data, split, seed=0):
-    """Captions of the embedded world with one word changed for another of its kind, so that the
-    oracle says they are false; each once for every kind of word in it, where that can be done.
-    Returns captions (N,) long, ascending, texts [N] and the kinds [N] of the changed words."""
+    """Captions of the embedded world with one word exchanged for another of its kind, so that the
+    oracle says they are false; each caption once for every kind of word in it, where that can be.
+    Returns captions (N,) long, ascending, texts [N] and the kinds [N] of the exchanged words."""
     content = data.splits[split]
     captions = []
     texts = []
@@ -222,7 +352,7 @@ def altered_captions(data, split, seed=0):
 
 
 def false_sentences(caption, words_of_kind, scene):
-    """All false sentences that one word of a kind changed for another makes of a caption."""
+    """All false sentences that a caption becomes when one word of a kind is exchanged."""
     words = caption.split()
     false = []
     for n, word in enumerate(words):
@@ -234,10 +364,11 @@ def false_sentences(caption, words_of_kind, scene):
 
 
 def altered_metrics(model, data, split, scores, seed=0, **options):
-    """Of altered_captions; {} where there is no oracle. scores: (C, I) of the split.
+    """How altered_captions score; {} where there is no oracle. scores: (C, I) of the split.
+
     one_word_wrong, and by kind one_word_wrong_colour, ...: captions that score above their altered
     version. oversensitivity: true paraphrases ("B right of A" for "A left of B") that do not.
-    altered_tr_r1: text R@1 with the altered captions of an image in its gallery (RoCOCO)."""
+    altered_tr_r1: text R@1 with the altered captions of an image among its candidates (RoCOCO)."""
     content = data.splits[split]
     if not content.scenes:
         return {}
@@ -257,49 +388,94 @@ def altered_metrics(model, data, split, scores, seed=0, **options):
     right = score_sentences(model, data, split, paraphrases, images[kept], **options)
     metrics["oversensitivity"] = share(~(right > wrong[kept]))
 
-    is_own = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
-    best = scores.where(is_own, -math.inf).amax(0)  # (I,)
-    rival = scores.where(~is_own, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
-    return metrics | {"altered_tr_r1": share((best > rival)[is_own.any(0)])}
+    matches = content.image_of_caption[:, None] == torch.arange(scores.size(1))  # (C, I)
+    best = scores.where(matches, -math.inf).amax(0)  # (I,)
+    rival = scores.where(~matches, -math.inf).amax(0).scatter_reduce(0, images, wrong, "amax")
+    return metrics | {"altered_tr_r1": share((best > rival)[matches.any(0)])}
 
 
 # ---- probes: published fine-grained tests ------------------------------------------------------
+
+PROBE_FORMS = "a JSON file of SugarCrepe, VALSE's FOIL or RoCOCO is expected"
 
 
 class Probe(NamedTuple):
     """A file of SugarCrepe, VALSE's FOIL or RoCOCO."""
 
-    name: str  # of the file, which goes before its metrics
+    name: str  # stands before its metrics
     items: list  # [(image's name, true captions, false captions)]
+    is_gallery: bool  # RoCOCO: several captions an item; else pairs of a true and a false one
+
+
+def read_probes(paths):
+    """Probe files -> [Probe]. Of two files with one name, each takes its folder's name before its
+    own. Raises InputError."""
+    probes = [read_probe(path) for path in paths]
+    stems = [probe.name for probe in probes]
+    names = []
+    for path, stem in zip(paths, stems):
+        folder = Path(path).resolve().parent.name
+        names.append(f"{folder}_{stem}" if stems.count(stem) > 1 else stem)
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            raise InputError(f"--probe {path}: two files would be called {name}; rename one")
+    return [probe._replace(name=name) for probe, name in zip(probes, names)]
 
 
 def read_probe(path):
     """A probe's file, known by its fields -> Probe. Raises InputError."""
     content = datasets.read_json(path)
+    if isinstance(content, dict):
+        entries = list(content.items())
+    else:
+        entries = list(enumerate(content)) if isinstance(content, list) else []
     items = []
-    with datasets.one_line_errors(path, "a file of SugarCrepe, VALSE's FOIL or RoCOCO is expected"):
-        for item in content.values() if isinstance(content, dict) else content:
-            name = item.get("image") or item.get("filename") or item["image_file"]
-            true = item["caption"]
-            if isinstance(true, list):
-                true, false = true[:-5], true[-5:]
-            else:
-                true, false = [true], [item.get("foil") or item["negative_caption"]]
-            if not true or not all(isinstance(t, str) and t for t in (name, *true, *false)):
-                raise ValueError(f"the item of {name} lacks a text")
-            items.append((name, true, false))
-        if not items:
-            raise ValueError("it is empty")
-    return Probe(Path(path).stem, items)
+    is_gallery = False
+    for key, entry in entries:
+        if not isinstance(entry, dict):
+            raise InputError(f"{path} item {key}: no table of fields; {PROBE_FORMS}")
+        if is_confirmed(entry):
+            items.append(read_item(f"{path} item {key}", entry))
+            is_gallery = is_gallery or isinstance(entry["caption"], list)
+    if not items:
+        raise InputError(f"{path}: no items; {PROBE_FORMS}")
+    return Probe(Path(path).stem, items, is_gallery)
 
 
-def probe_metrics(probe, model, data, split, **options):
-    """A probe on those of its images that have features.
+def is_confirmed(entry):
+    """VALSE counts the items whose caption two of three annotators found right; the other files
+    have no such votes, and all their items count."""
+    votes = entry.get("mturk")
+    return votes is None or (isinstance(votes, dict) and votes.get("caption") in (2, 3))
+
+
+def read_item(where, entry):
+    """An entry of a probe's file -> (image's name, true captions, false captions)."""
+    name = entry.get("image") or entry.get("filename") or entry.get("image_file")
+    captions = entry.get("caption")
+    if isinstance(captions, list):  # RoCOCO: the five altered ones stand last
+        true = captions[:-5]
+        false = captions[-5:]
+    else:
+        true = [captions]
+        false = [entry.get("foil") or entry.get("negative_caption")]
+    texts = [name, *true, *false]
+    if not true or not all(isinstance(text, str) and text.strip() for text in texts):
+        missing = "lacks the name of an image, a true caption or a false one"
+        raise InputError(f"{where} {missing}; {PROBE_FORMS}")
+    return name, [" ".join(text.split()) for text in true], [" ".join(t.split()) for t in false]
+
+
+def probe_metrics(probe, model, data, split, scores=None, **options):
+    """A probe on those of its images that have features; {} if none has.
+
     SugarCrepe and VALSE's FOIL: "pairwise", the share of true captions that score above their false
     ones, and word_metrics of the "same_length" items whose texts have as many word pieces.
     RoCOCO: text recall "tr_r1" .., and "altered_tr_r1" .. with the altered captions in the gallery.
-    All: "items" used, "total", "held_out" (with an image of this split), after the file's name."""
+    All: "items" used, "total", "held_out" (with an image of this split), after the probe's name.
+    scores: (C, I) of the split; RoCOCO then takes from it what it holds."""
     row_of = {image_key(name): row for row, name in enumerate(data.regions.names)}
+    names = []
     rows = []
     texts = []
     owner = []  # of each text its number in rows; a false caption has none
@@ -308,21 +484,42 @@ def probe_metrics(probe, model, data, split, **options):
             owner += [len(rows)] * len(true) + [-1] * len(false)
             texts += true + false
             rows.append(row_of[image_key(name)])
+            names.append(name)
+    if not rows:
+        return {}
     held_out = np.isin(rows, data.splits[split].rows).sum()
     result = {"items": len(rows), "total": len(probe.items), "held_out": int(held_out)}
-    content = Split(rows, np.array(rows), texts, torch.tensor(owner))
-    probe_data = dataclasses.replace(data, splits={"probe": content})
-    if len(texts) > 2 * len(rows):  # not pairs: RoCOCO
-        result |= gallery_metrics(model, probe_data, **options)
-    elif rows:
+    content = Split(names, np.array(rows), texts, torch.tensor(owner))
+    probe_data = dataclasses.replace(data, splits=data.splits | {"probe": content})
+    if probe.is_gallery:
+        probe_scores = known_scores(content, data.splits[split], scores)
+        result |= gallery_metrics(model, probe_data, probe_scores, **options)
+    else:
         result |= pair_metrics(model, probe_data, **options)
     return {f"{probe.name}_{name}": round(value, 4) for name, value in result.items()}
 
 
-def gallery_metrics(model, probe_data, **options):
-    """RoCOCO: text recall without the altered captions, which have no owner, and with them."""
+def known_scores(probe, split, scores):
+    """The score matrix of a probe's Split, with nan where it must be scored: what the (C, I) scores
+    of another Split do not hold. None = no scores."""
+    result = torch.full((len(probe.captions), len(probe.images)), math.nan)
+    column_of = {row: i for i, row in enumerate(split.rows.tolist())}
+    columns = [column_of.get(row) for row in probe.rows.tolist()]
+    if scores is None or None in columns:
+        return result
+    caption_of = {text: c for c, text in enumerate(split.captions)}  # equal texts score alike
+    for n, text in enumerate(probe.captions):
+        if text in caption_of:
+            result[n] = scores[caption_of[text], columns]
+    return result
+
+
+def gallery_metrics(model, probe_data, scores, **options):
+    """RoCOCO: text recall without the altered captions, which have no owner, and with them.
+    scores: of known_scores."""
     owner = probe_data.splits["probe"].image_of_caption
-    scores = score_matrix(model, probe_data, "probe", **options)
+    missing = scores.isnan().any(1).nonzero()[:, 0]
+    scores[missing] = score_matrix(model, probe_data, "probe", captions=missing, **options)
     result = {}
     for prefix, used in (("", owner >= 0), ("altered_", owner >= -1)):
         metrics = retrieval_metrics(scores[used], owner[used])
@@ -349,6 +546,9 @@ def pair_metrics(model, probe_data, **options):
 # ---- more positives than COCO's own: ECCV Caption and CxC --------------------------------------
 
 
+AGAIN = "get the file of ECCV Caption again"
+
+
 class Positives(NamedTuple):
     """The files of ECCV Caption and CxC. Ids are COCO's, as texts."""
 
@@ -360,32 +560,55 @@ class Positives(NamedTuple):
 def read_positives(root):
     """The files of ECCV Caption, which lie somewhere below a folder -> Positives; None where there
     are none. Raises InputError."""
-    with datasets.one_line_errors(root, "the files of ECCV Caption must be whole"):
-        for path in sorted(Path(root).glob("**/coco_test_ids.npy")):
-            owners = path.with_name("original_caption_to_image.json")
-            if not owners.is_file():
-                continue
-            owners = {key: str(images[0]) for key, images in datasets.read_json(owners).items()}
-            caption_ids = [str(i) for i in np.load(path, allow_pickle=False).tolist()]
-            owners = {key: owners[key] for key in caption_ids}
-            tables = {}
-            for name in ("eccv", "cxc"):
-                for way, kind in (("tr", "image_to_caption"), ("ir", "caption_to_image")):
-                    file = path.with_name(f"{name}_{kind}.json")
-                    table = datasets.read_json(file) if file.is_file() else {}
-                    table = {query: set(map(str, right)) for query, right in table.items()}
-                    tables[f"{name}_{way}"] = table
-            return Positives(caption_ids, owners, tables)
+    for path in sorted(Path(root).glob("**/coco_test_ids.npy")):
+        owners = path.with_name("original_caption_to_image.json")
+        if owners.is_file():
+            return read_eccv(path, owners)
     return None
 
 
+def read_eccv(ids_file, owners_file):
+    """Positives of two files of ECCV Caption, and of the tables that lie beside them."""
+    with datasets.one_line_errors(ids_file, AGAIN):
+        array = np.load(ids_file, allow_pickle=False)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"{array.dtype} {array.shape}, not a row of ids")
+    caption_ids = [str(i) for i in array.tolist()]
+    owners = read_id_lists(owners_file)
+    owner_of = {}
+    for caption in caption_ids:
+        if not owners.get(caption):
+            raise InputError(f"{owners_file}: no image of caption {caption}; {AGAIN}")
+        owner_of[caption] = owners[caption][0]
+    tables = {}
+    for name in ("eccv", "cxc"):
+        for way, kind in (("tr", "image_to_caption"), ("ir", "caption_to_image")):
+            file = ids_file.with_name(f"{name}_{kind}.json")
+            lists = read_id_lists(file) if file.is_file() else {}
+            tables[f"{name}_{way}"] = {query: set(right) for query, right in lists.items()}
+    return Positives(caption_ids, owner_of, tables)
+
+
+def read_id_lists(path):
+    """A JSON of ECCV Caption, {id: [ids]} -> the same with all ids as texts. Raises InputError."""
+    content = datasets.read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(ids, list) for ids in content.values()):
+        raise InputError(f"{path}: {{id: [ids]}} is expected; {AGAIN}")
+    return {query: [str(i) for i in ids] for query, ids in content.items()}
+
+
 def positives_metrics(positives, scores, data, split):
-    """precision_at_r on the positives of ECCV Caption and CxC. scores: (C, I) of COCO's test split.
+    """precision_at_r on the positives of ECCV Caption and CxC; {} unless the split is COCO's test.
+    scores: (C, I) of the split.
     Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
+    if not is_coco_test(data.splits[split]):
+        return {}
     owner = data.splits[split].image_of_caption
     images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
     # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
-    remaining = {image: (owner == i).nonzero()[:, 0].tolist() for image, i in images.items()}
+    starts = torch.searchsorted(owner, torch.arange(len(images))).tolist()
+    ends = torch.searchsorted(owner, torch.arange(len(images)), right=True).tolist()
+    remaining = {image: list(range(starts[i], ends[i])) for image, i in images.items()}
     captions = {}
     for caption in positives.caption_ids:
         of_image = remaining.get(positives.image_of_caption[caption])
@@ -394,14 +617,15 @@ def positives_metrics(positives, scores, data, split):
     result = {}
     for name, table in positives.tables.items():
         if name.endswith("tr"):
-            result |= table_metrics(name, table, scores.T, images, captions)
+            result |= positives_table(name, table, scores.T, images, captions)
         else:
-            result |= table_metrics(name, table, scores, captions, images)
+            result |= positives_table(name, table, scores, captions, images)
     return result
 
 
-def table_metrics(name, table, scores, queries, items):
-    """The means of precision_at_r over the queries of a table, {query: {positives}}."""
+def positives_table(name, table, scores, queries, items):
+    """The means of precision_at_r over the queries of a table, {query: {positives}}.
+    queries, items: {COCO's id: row or column of scores}."""
     found = []
     for query, positives in table.items():
         right = [items[positive] for positive in positives if positive in items]
@@ -417,7 +641,7 @@ def table_metrics(name, table, scores, queries, items):
 
 def precision_at_r(scores, right, count):
     """mAP@R, R-Precision and R@1 of one query -> (3,). scores: (items,). right: (n,) long, those
-    positives that are among the items. R = count, all positives."""
+    positives that are among the items. count = R, the number of all positives."""
     hits = scores[right].sort(descending=True).values
     nth = torch.arange(1, len(right) + 1)
     ahead = (~(scores < hits[:, None])).sum(1) - (~(hits < hits[:, None])).sum(1)  # wrong ones
@@ -426,79 +650,308 @@ def precision_at_r(scores, right, count):
     return torch.stack([precision.sum() / count, hit.sum() / count, (ahead[0] == 0).double()])
 
 
-# ---- pictures ----------------------------------------------------------------------------------
+# ---- pictures: negatives.png and search.png -----------------------------------------------------
 
-WIDTH = 1120
-INK, GREY = (35, 38, 45), (125, 128, 135)
+WIDTH = 1080  # of every picture, in pixels
+PICTURE = 168  # width and height of an image
+COLUMNS = {"label": 204, "bar": 312, "number": 386, "words": 436}  # where they begin
+INK = (35, 38, 45)
+GREY = (125, 128, 135)
 RULE = (220, 222, 226)
-ORANGE, GREEN = (204, 80, 0), (0, 130, 80)
+ORANGE = (200, 62, 0)
+GREEN = (0, 130, 80)
+BLUE = (40, 95, 190)
+PURPLE = (150, 60, 160)
+OCHRE = (185, 145, 0)
+MARKER = (255, 222, 110)  # behind a word that is surely suspected
+
+
+class Word(NamedTuple):
+    """A word of a picture, with another word below it."""
+
+    text: str
+    colour: tuple = INK
+    suspicion: float = 0.0  # 0 to 1, the strength of the shade behind it
+    below: str = ""
+    below_colour: tuple = GREEN
+    continues: bool = False  # stands close to the word before it
+
+
+class Line(NamedTuple):
+    """A sentence of a picture, with its label and score."""
+
+    label: str
+    score: float | None  # 0 to 1; None = no bar
+    colour: tuple  # of the bar
+    words: list  # of Word
+
+
+KEY_WORDS = [
+    Word("replaced word", ORANGE),
+    Word(" "),
+    Word("suspected rightly", INK, 1.0, "its correction"),
+    Word(" "),
+    Word("suspected wrongly", INK, 1.0, "its correction", GREY),
+]
+
+
+def plain_words(text):
+    return [Word(word) for word in text.split()]
 
 
 def draw_image(data, split, number):
-    """A scene, or the boxes of an image's regions, 168 x 168."""
+    """A scene, or the boxes of an image's regions, PICTURE x PICTURE."""
     content = data.splits[split]
     if content.scenes:
-        return datasets.draw(content.scenes[number]).resize((168, 168))
-    sheet = Image.new("RGB", (168, 168), RULE)
+        return datasets.draw(content.scenes[number]).resize((PICTURE, PICTURE))
+    sheet = Image.new("RGB", (PICTURE, PICTURE), RULE)
     _, boxes, _ = data.image(split, [number])
-    for n, box in enumerate(167 * boxes[0, :, :4]):
+    for n, box in enumerate((PICTURE - 1) * boxes[0, :, :4]):
         ImageDraw.Draw(sheet).rectangle(box.tolist(), outline=(INK, ORANGE, GREEN, GREY)[n % 4])
     return sheet
 
 
-def draw_rows(path, data, split, rows):
-    """rows: [(number of an image or None, [(label, text or [(word, colour)])])], one below the
-    other, with a thin rule between them."""
-    sheet = Image.new("RGB", (WIDTH, 1500 * len(rows)), "white")
+def draw_rows(path, data, split, rows, remark=""):
+    """Saves rows [(number of an image or None, [Line])], one below the other with thin rules
+    between them, and a remark below all."""
+    sheet = Image.new("RGB", (WIDTH, 1500 * (len(rows) + 1)), "white")
     pen = ImageDraw.Draw(sheet)
     top = 0
     for number, lines in rows:
         y = top + 16
         if number is not None:
             sheet.paste(draw_image(data, split, number), (16, y))
-        for label, words in lines:
-            pen.text((204, y + 3), label, GREY, font_size=15)
-            words = [(word, INK) for word in words.split()] if isinstance(words, str) else words
-            x = 350
-            for word, colour in words:
-                width = pen.textlength(word, font_size=18)
-                if x + width > WIDTH - 16:  # goes on in the next line
-                    x, y = 350, y + 28
-                pen.text((x, y), word, colour, font_size=18)
-                x += width + 6
-            y += 28
-        top = max(y, top + 192 if number is not None else 0) + 10
+        for line in lines:
+            y = draw_line(pen, y, line)
+        top = max(y, top + PICTURE + 24 if number is not None else 0) + 8
         pen.line((0, top - 1, WIDTH, top - 1), RULE)
+    if remark:
+        pen.text((16, top + 12), remark, GREY, font_size=15)
+        top += 44
     sheet.crop((0, 0, WIDTH, top)).save(path)
 
 
-def draw_negatives(path, model, data, split, scores, examples, count=6, **options):
-    """For some images the caption, the hardest retrieved one and three generated ones, corrected.
+def draw_line(pen, y, line):
+    """A Line at a height, in as many rows of text as it takes -> the height where the next goes."""
+    pen.text((COLUMNS["label"], y + 3), line.label, GREY, font_size=15)
+    if line.score is not None:
+        left = COLUMNS["bar"]
+        right = COLUMNS["number"] - 8
+        middle = left + round(line.score * (right - left))
+        pen.rectangle((left, y + 6, right, y + 18), RULE)
+        pen.rectangle((left, y + 6, middle, y + 18), line.colour)
+        pen.text((right + 8, y + 3), f"{line.score:.2f}", INK, font_size=15)
+    x = COLUMNS["words"]
+    height = 28
+    for word in line.words:
+        width = pen.textlength(word.text, font_size=18)
+        column = max(width, pen.textlength(word.below, font_size=14))
+        x -= 7 if word.continues else 0
+        if x + column > WIDTH - 16:  # goes on in the next row
+            x = COLUMNS["words"]
+            y += height
+            height = 28
+        shade = [round(255 + word.suspicion * (value - 255)) for value in MARKER]
+        pen.rectangle((x - 3, y, x + width + 2, y + 23), tuple(shade))
+        pen.text((x, y + 1), word.text, word.colour, font_size=18)
+        if word.below:
+            pen.text((x, y + 23), word.below, word.below_colour, font_size=14)
+            height = 46
+        x += column + 7
+    return y + height
+
+
+def draw_negatives(path, model, data, split, scores, examples, count=5, seed=0, **options):
+    """Some images, drawn by the seed, each with its caption, the hardest retrieved caption and the
+    two hardest written ones, as mark_words shows them.
+
     scores: (C, I) of the split. examples: as for example_metrics, and "captions" (N,)."""
-    content, tokens = data.splits[split], data.tokenizer.tokens
-    legend = [("replaced word", ORANGE), ("    most suspicious word", INK), ("(correction)", GREEN)]
-    rows = [(None, [("legend", legend)])]
-    for n in torch.linspace(0, len(examples["images"]) - 1, count).long().unique():
-        image = examples["images"][n]
-        line = scores[:, image].sigmoid()
-        hardest = line.masked_fill(content.image_of_caption == image, -1).argmax()
+    content = data.splits[split]
+    images = examples["images"]
+    captions = examples["captions"]
+    valid = examples["valid"]  # (N, H)
+    row = valid.nonzero()[:, 0]  # (n,) of each written sentence the number of its example
+    sentences = examples["sentences"][valid]  # (n, T)
+    judged = judge_words(model, data, split, sentences, images[row], **options)
+    logits, suspicion, corrections = judged
+
+    rows = [(None, [Line("how to read", None, INK, KEY_WORDS)])]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    for n in order[:count].tolist():
+        column = scores[:, images[n]]  # (C,)
+        wrong = column.masked_fill(content.image_of_caption == images[n], -math.inf)
         lines = []
-        caption = examples["captions"][n]
-        for label, c in (("caption", caption), ("retrieved", hardest)):
-            lines.append((f"{label}  {line[c]:.2f}", content.captions[c]))
-        written = examples["sentences"][n][examples["valid"][n]]
-        for sentence in written[:3]:
-            judged = judge_words(model, data, split, sentence[None], image[None], **options)
-            logit, suspicion, corrections = (part[0] for part in judged)
-            words = []
-            for t in (suspicion > -math.inf).nonzero()[:, 0]:
-                colour = INK if sentence[t] == examples["originals"][n, t] else ORANGE
-                words.append((tokens[sentence[t]], colour))
-                if t == suspicion.argmax():
-                    words.append((f"({tokens[corrections[t]]})", GREEN))
-            lines.append((f"generated  {logit.sigmoid():.2f}", words))
-        rows.append((image, lines))
-    draw_rows(path, data, split, rows)
+        for label, c, colour in (
+            ("caption", captions[n], GREEN),
+            ("retrieved", wrong.argmax(), GREY),
+        ):
+            words = plain_words(content.captions[c])
+            lines.append(Line(label, column[c].sigmoid().item(), colour, words))
+        of_example = (row == n).nonzero()[:, 0]
+        hardest = of_example[logits[of_example].argsort(descending=True)[:2]]
+        for s in hardest.tolist():
+            original = examples["originals"][n]
+            words = mark_words(
+                data.tokenizer.tokens, sentences[s], original, suspicion[s], corrections[s]
+            )
+            lines.append(Line("written", logits[s].sigmoid().item(), ORANGE, words))
+        rows.append((images[n].item(), lines))
+
+    # In how many examples does the caption not score above all that was written?
+    beaten = row[~(scores[captions, images][row] > logits)].unique()
+    remark = (
+        f"Bars: matching score. Images drawn by the seed ({seed}), not picked. In {len(beaten)} of"
+        f" all {len(images)} examples a written sentence scores as high as the caption, or higher."
+    )
+    draw_rows(path, data, split, rows, remark)
+
+
+def mark_words(tokens, sentence, original, suspicion, corrections):
+    """A written sentence as [Word]: replaced words in colour, behind each word a shade, stronger
+    the more discrimination suspects it, and below a suspected word its correction, unless that is
+    the same word. tokens: of the vocabulary. The others: (T,), as in word_metrics."""
+    words = []
+    for t in (suspicion > -math.inf).nonzero()[:, 0].tolist():
+        replaced = sentence[t] != original[t]
+        corrected = suspicion[t] > 0 and corrections[t] != sentence[t]
+        word = Word(
+            text=tokens[sentence[t]].removeprefix("##"),
+            colour=ORANGE if replaced else INK,
+            suspicion=suspicion[t].sigmoid().item(),
+            below=tokens[corrections[t]].removeprefix("##") if corrected else "",
+            below_colour=GREEN if replaced else GREY,
+            continues=tokens[sentence[t]].startswith("##"),
+        )
+        words.append(word)
+    return words
+
+
+# ---- pictures: curves.png ----------------------------------------------------------------------
+
+# Title; ticks of the vertical axis, or None for a logarithmic one; columns of log.csv, each with
+# its name and colour.
+PANELS = (
+    (
+        "loss, before weighting (logarithmic)",
+        None,
+        {
+            "mlm": ("masked words", BLUE),
+            "itm": ("matching", GREEN),
+            "hard": ("retrieved negatives", GREY),
+            "tags": ("written negatives", ORANGE),
+            "wod": ("word discrimination", OCHRE),
+            "woc": ("word correction", PURPLE),
+        },
+    ),
+    (
+        "mean matching score, 0 to 1",
+        (0, 0.25, 0.5, 0.75, 1),
+        {
+            "positive": ("true captions", GREEN),
+            "retrieved": ("retrieved negatives", GREY),
+            "synthetic": ("written negatives", ORANGE),
+        },
+    ),
+    (
+        "validation, in percent",
+        (0, 25, 50, 75, 100),
+        {
+            "val_tr_r1": ("text R@1", BLUE),
+            "val_ir_r1": ("image R@1", PURPLE),
+        },
+    ),
+)
+# In pixels of a sheet twice as large as the picture, so that its lines become smooth.
+LEFT = 120  # of a panel's axes
+RIGHT = 1640
+HEIGHT = 400
+PITCH = 540  # from one panel to the next
+
+
+def draw_curves(path, rows):
+    """Saves how a run went: the terms of its loss, mean scores and validations over the steps, with
+    vertical lines between its phases. rows: of log.csv, dicts of numbers or of texts."""
+    last = int(rows[-1]["step"])
+    ends = {row["phase"]: int(row["step"]) for row in rows}  # {phase: its last step}
+    panels = []
+    for title, ticks, columns in PANELS:
+        curves = {column: read_curve(rows, column) for column in columns}
+        curves = {columns[column]: points for column, points in curves.items() if points}
+        if curves:
+            panels.append((title, ticks, curves))
+    sheet = Image.new("RGB", (2 * WIDTH, PITCH * len(panels) + 80), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (title, ticks, curves) in enumerate(panels):
+        top = PITCH * n + 110
+        draw_axes(pen, top, title, last, ends)
+        draw_panel(pen, top, ticks, last, curves)
+    sheet.reduce(2).save(path)
+
+
+def read_curve(rows, column):
+    """A column of log.csv -> [(step, value)], without lines that lack a finite value."""
+    points = []
+    for row in rows:
+        value = row.get(column, "")
+        if value != "" and math.isfinite(float(value)):
+            points.append((int(row["step"]), float(value)))
+    return points
+
+
+def draw_axes(pen, top, title, last, ends):
+    """The frame of a panel, its title, the steps below it and the phases in it."""
+    bottom = top + HEIGHT
+    pen.rectangle((LEFT, top, RIGHT, bottom), outline=GREY, width=2)
+    pen.text((LEFT, top - 66), title, INK, font_size=32)
+    distances = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+    distance = next(distance for distance in distances if last / distance <= 8)
+    for step in range(0, last + 1, distance):
+        x = across(step, last)
+        pen.line((x, bottom, x, bottom + 10), GREY, 2)
+        pen.text((x, bottom + 14), f"{step:,}", GREY, anchor="ma", font_size=26)
+    pen.text((RIGHT + 40, bottom + 14), "steps", GREY, font_size=26)
+    began = 0
+    for phase, end in ends.items():
+        middle = (across(began, last) + across(end, last)) / 2
+        pen.text((middle, top - 34), phase, GREY, anchor="ma", font_size=26)
+        pen.line((across(end, last), top - 30, across(end, last), bottom), GREY, 2)
+        began = end
+
+
+def across(step, last):
+    """The horizontal place of a step."""
+    return LEFT + (RIGHT - LEFT) * step / last
+
+
+def draw_panel(pen, top, ticks, last, curves):
+    """The curves of a panel, {(name, colour): [(step, value)]}, the ticks of their values, and the
+    names beside them. ticks: None for powers of ten, as many as the values need."""
+    scale = float  # or the logarithm
+    if ticks is None:
+        scale = math.log10
+        values = np.array([value for points in curves.values() for _, value in points])
+        powers = np.log10(values.clip(min=1e-3))
+        lowest = math.floor(powers.min())
+        highest = max(math.ceil(powers.max()), lowest + 1)
+        ticks = [10.0**power for power in range(lowest, highest + 1)]
+
+    def height_of(value):
+        value = min(max(value, ticks[0]), ticks[-1])
+        part = (scale(value) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
+        return top + HEIGHT * (1 - part)
+
+    for tick in ticks:
+        y = height_of(tick)
+        pen.line((LEFT, y, RIGHT, y), RULE, 2)
+        pen.text((LEFT - 12, y), f"{tick:g}", GREY, anchor="rm", font_size=26)
+    for n, ((name, colour), points) in enumerate(curves.items()):
+        places = [(across(step, last), height_of(value)) for step, value in points]
+        pen.line(places, colour, 5, joint="curve")
+        for x, y in places:
+            pen.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
+        y = top + 24 + 48 * n
+        pen.line((RIGHT + 40, y, RIGHT + 90, y), colour, 6)
+        pen.text((RIGHT + 104, y), name, INK, anchor="lm", font_size=30)
 
 
 # ---- all together ------------------------------------------------------------------------------
@@ -509,42 +962,66 @@ def report(model, data, split, scores, examples, seed=0, **options):
     examples: as for example_metrics."""
     owner = data.splits[split].image_of_caption
     metrics = retrieval_metrics(scores, owner)
-    if data.name == "coco" and scores.size(1) == 5000:
+    if is_coco_test(data.splits[split]):
         metrics |= {f"1k_{name}": value for name, value in fold_metrics(scores, owner).items()}
     metrics |= example_metrics(model, data, split, examples, **options)
     metrics |= altered_metrics(model, data, split, scores, seed, **options)
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
+def headline(data, split, count=None):
+    """What the figures of a report are of, as a line. count: they are of the first so many images
+    of the split; None = of all."""
+    content = data.splits[split]
+    images = len(content.images)
+    count = images if count is None else min(count, images)
+    captions = int((content.image_of_caption < count).sum())
+    line = f"{split} split: {count:,} images, {captions:,} captions"
+    if split != "test":
+        line = f"no test split; {line}"
+    if count < images:
+        line += f"; only the first {count:,} of {images:,} images, so recall is higher than on all"
+    return line
+
+
 def table(metrics, warmup):
-    """Lines of a table: name, value after the warm-up if there was one, value at the end."""
+    """Lines of a table: name, value after the warm-up if there was one, value at the end, and what
+    the measure counts."""
     lines = [f"{'':32}{'warm-up' if warmup else '':>10}{'final':>10}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        lines.append(f"{name:32}{before:>10}{value:10.2f}")
+        lines.append(f"{name:32}{before:>10}{value:10.2f}  {meaning_of(name)}".rstrip())
     return lines
 
 
+def meaning_of(name):
+    """What a measure counts; those of probes and of the folds have another name before theirs."""
+    fitting = [measure for measure in MEASURES if f"_{name}".endswith(f"_{measure}")]
+    return MEASURES[max(fitting, key=len)] if fitting else ""
+
+
 def search(model, data, split, query, image, path, **options):
-    """Draws and returns what fits a sentence or an image best: [(score, image name or caption)]."""
+    """Finds what fits a sentence or an image best, draws it, and returns [(score, image name or
+    caption)], best first. One of query, a sentence, and image, a name, is None."""
     content = data.splits[split]
     if query:
         query_split = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
         query_data = dataclasses.replace(data, splits={split: query_split})
         scores = score_matrix(model, query_data, split, **options)[0]
         names = content.images
-        rows = [(None, [("query", query)])]
+        rows = [(None, [Line("query", None, INK, plain_words(query))])]
     elif image in content.images:
         number = content.images.index(image)
         scores = score_matrix(model, data, split, images=[number], **options)[:, 0]
         names = content.captions
-        rows = [(number, [("query", image)])]
+        rows = [(number, [Line("query", None, INK, plain_words(image))])]
     else:
         raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
     scores = scores.sigmoid()
     best = scores.topk(min(6, len(scores))).indices.tolist()
-    for i in best:
-        rows.append((i if query else None, [(f"{scores[i]:.2f}", names[i])]))
+    for place, i in enumerate(best, 1):
+        line = Line(f"{place}.", scores[i].item(), GREEN, plain_words(names[i]))
+        rows.append((i if query else None, [line]))
     draw_rows(path, data, split, rows)
     return [(scores[i].item(), names[i]) for i in best]
 

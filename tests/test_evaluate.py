@@ -1,7 +1,9 @@
 """Recall, pair scores, analyses and probes, each against a slow or hand-made reference."""
 
+import copy
 import dataclasses
 import json
+import math
 import types
 from pathlib import Path
 
@@ -45,8 +47,8 @@ def altered(world):
 def encode(data, texts):
     """Sentences -> input_ids (N, T) long, padded."""
     split = datasets.Split([], [], list(texts), None)
-    own = dataclasses.replace(data, splits={"own": split})
-    return own.text("own", torch.arange(len(texts)))
+    sentences = dataclasses.replace(data, splits={"some": split})
+    return sentences.text("some", torch.arange(len(texts)))
 
 
 def close(values, expected):
@@ -138,6 +140,19 @@ def test_one_broken_score_helps_nobody():
     assert metrics["tr_r1"] == pytest.approx(100 * 10 / 12)
 
 
+def test_cocos_test_split_is_known_by_its_names_alone():
+    def is_coco_test(names):
+        return evaluate.is_coco_test(datasets.Split(names, None, None, None))
+
+    numbers = range(9, 9 + 5000 * 116, 116)
+    assert is_coco_test([f"COCO_val2014_{n:012d}.jpg" for n in numbers])
+    assert is_coco_test([f"{n}.npz" for n in numbers])
+    assert is_coco_test([f"testall_ims_{n:06d}" for n in range(5000)])
+    assert not is_coco_test([f"COCO_val2014_{n:012d}.jpg" for n in numbers][:-1])
+    assert not is_coco_test([f"{1000000 + n}.jpg" for n in range(5000)])  # Flickr30K's are such
+    assert not is_coco_test([f"holiday {n}.jpg" for n in range(5000)])
+
+
 def test_recall_refuses_other_shapes():
     for scores, owner in (
         (torch.zeros(4, 2), torch.zeros(3).long()),
@@ -202,6 +217,79 @@ def test_single_pairs_agree_with_the_matrix(model, world, scores):
     images, texts = torch.randint(0, 10, (50,)), world.splits["test"].captions
     alone = evaluate.score_sentences(model, world, "test", texts, images, score_batch=11)
     assert close(alone, scores[torch.arange(50), images])
+
+
+def test_sentences_of_many_images_share_a_pass(model, world, monkeypatch):
+    sizes = []
+
+    def score_pairs(texts, text_index, pictures, image_index, batch):
+        sizes.append(len(text_index))
+        return TagsDC.score_pairs(model, texts, text_index, pictures, image_index, batch)
+
+    monkeypatch.setattr(model, "score_pairs", score_pairs, raising=False)
+    texts, images = world.splits["test"].captions, torch.arange(50) % 10
+    evaluate.score_sentences(model, world, "test", texts, images, score_batch=20)
+    assert sizes == [20, 20, 10]
+
+
+def test_only_what_is_missing_is_scored(model, world, scores, tmp_path):
+    dtype = torch.float32
+    matrix = evaluate.open_scores(tmp_path / "scores.npy", model, world, "test", dtype)
+    assert matrix.shape == scores.shape and matrix.isnan().all()
+    evaluate.score_matrix(model, world, "test", captions=range(30), scores=matrix[:30])
+    assert close(matrix[:30], scores[:30]) and matrix[30:].isnan().all()
+    # The next process finds what the one before it left.
+    again = evaluate.open_scores(tmp_path / "scores.npy", model, world, "test", dtype)
+    again[:30] = 7.0  # which is kept
+    evaluate.score_matrix(model, world, "test", captions=range(30), scores=again[:30])
+    evaluate.score_matrix(model, world, "test", captions=range(30, 50), scores=again[30:])
+    assert (again[:30] == 7).all() and close(again[30:], scores[30:])
+    assert (np.load(tmp_path / "scores.npy")[:30] == 7).all()
+    # Scores of another dtype, of other weights or captions are not taken for these.
+    half = evaluate.open_scores(tmp_path / "scores.npy", model, world, "test", torch.bfloat16)
+    assert half.isnan().all()
+    half[:] = 7.0
+    other = copy.deepcopy(model)
+    other.matching.bias.data += 1
+    dtype = torch.bfloat16
+    other = evaluate.open_scores(tmp_path / "scores.npy", other, world, "test", dtype)
+    assert other.isnan().all()
+
+
+def test_long_work_shows_how_far_it_is(model, world, monkeypatch):
+    shown = []
+
+    class ProgressLine:
+        def __init__(self, what, total):
+            self.counts = [what, total, 0]
+
+        def advance(self, n=1):
+            self.counts[2] += n
+
+        def close(self):
+            shown.append(tuple(self.counts))
+
+    monkeypatch.setattr(datasets, "ProgressLine", ProgressLine)
+    evaluate.score_matrix(model, world, "test", captions=range(7))
+    ids, images = world.text("test", torch.arange(24)), torch.arange(24) % 10
+    evaluate.judge_words(model, world, "test", ids, images, score_batch=7)
+    texts = world.splits["test"].captions[:24]
+    evaluate.score_sentences(model, world, "test", texts, images, score_batch=7)
+    done = [("pairs scored", 70), ("sentences judged", 24), ("sentences scored", 24)]
+    assert shown == [(what, total, total) for what, total in done]
+
+
+def test_a_part_of_a_split_is_its_first_images(model, world, scores):
+    part = evaluate.first_images(world, "test", 4)
+    assert part.splits["test"].images == world.splits["test"].images[:4]
+    assert len(part.splits["test"].phrases) == 20 and part.splits["train"] is world.splits["train"]
+    assert close(evaluate.score_matrix(model, part, "test"), scores[:20, :4])
+    whole = evaluate.headline(world, "test")
+    assert whole == "test split: 10 images, 50 captions"
+    line = evaluate.headline(world, "test", 4)
+    assert "4 images, 20 captions" in line and "first 4 of 10 images" in line
+    assert evaluate.headline(world, "test", 99) == whole
+    assert evaluate.headline(world, "val").startswith("no test split; val split")
 
 
 def test_the_mode_is_restored_even_after_a_fault(model, world):
@@ -378,7 +466,7 @@ def test_altered_metrics_are_counted_pair_by_pair(model, world, scores, altered,
     monkeypatch.setattr(evaluate, "altered_captions", lambda *_: some)
     metrics = evaluate.altered_metrics(model, world, "test", scores, seed=3, score_batch=9)
     content = world.splits["test"]
-    won, told = {}, []
+    won, recognised = {}, []
     for c, text, kind in zip(some[0].tolist(), *some[1:]):
         image = content.image_of_caption[c].item()
         wrong = alone(model, world, text, image)
@@ -386,13 +474,13 @@ def test_altered_metrics_are_counted_pair_by_pair(model, world, scores, altered,
         paraphrase = datasets.paraphrase(content.captions[c])
         if paraphrase is not None:
             assert datasets.describes(paraphrase, content.scenes[image]) is True
-            told.append(alone(model, world, paraphrase, image) > wrong)
+            recognised.append(alone(model, world, paraphrase, image) > wrong)
     everything = sum(won.values(), [])
     assert 20 < metrics["one_word_wrong"] < 80  # an untrained model
     # A pair that is all but equal may fall either way.
     one = 101 / len(everything)
     assert metrics["one_word_wrong"] == pytest.approx(100 * np.mean(everything), abs=one)
-    assert metrics["oversensitivity"] == pytest.approx(100 - 100 * np.mean(told), abs=2 * one)
+    assert metrics["oversensitivity"] == pytest.approx(100 - 100 * np.mean(recognised), abs=2 * one)
     for kind, values in won.items():
         expected = 100 * np.mean(values)
         assert metrics[f"one_word_wrong_{kind}"] == pytest.approx(expected, abs=101 / len(values))
@@ -516,9 +604,64 @@ def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model, sco
     assert probe(tmp_path, world, model, same)["altered_tr_r1"] == 0
 
 
+def test_rococo_takes_the_scores_that_there_are(tmp_path, world, model, scores, monkeypatch):
+    content = world.splits["test"]
+    items = []
+    for i in (7, 2, 9):  # the second true caption is none of the split's
+        true = [content.captions[5 * i], f"a red star {i}", f" {content.captions[5 * i + 1]}\n"]
+        items.append({"image": content.images[i], "caption": true + ["a blue star"] * 5})
+    (tmp_path / "p.json").write_text(json.dumps(items))
+    rococo = evaluate.read_probe(tmp_path / "p.json")
+    alone = evaluate.probe_metrics(rococo, model, world, "test")
+    scored = []
+
+    def score_matrix(model, data, split, captions, **options):
+        scored.extend(data.splits[split].captions[c] for c in captions)
+        return matrix_of(model, data, split, captions=captions, **options)
+
+    matrix_of = evaluate.score_matrix
+    monkeypatch.setattr(evaluate, "score_matrix", score_matrix)
+    assert evaluate.probe_metrics(rococo, model, world, "test", scores) == alone
+    assert len(scored) == 3 * 6 and not set(scored) & set(content.captions)
+
+
+def test_of_foil_those_items_count_that_two_annotators_confirmed(tmp_path, world, model):
+    name = world.splits["test"].images[0]
+    item = {"image_file": name, "caption": "a star", "foil": "a ring"}
+    votes = [{"caption": n, "foil": 3 - n, "other": 0} for n in range(4)]
+    items = {str(n): {**item, "mturk": vote} for n, vote in enumerate(votes)}
+    result = probe(tmp_path, world, model, items)
+    assert result["items"] == result["total"] == 2
+    file = tmp_path / "none.json"
+    file.write_text(json.dumps([{**item, "mturk": votes[0]}]))
+    with pytest.raises(datasets.InputError, match="none.json: no items"):
+        evaluate.read_probe(file)
+
+
+def test_probes_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    files = []
+    for name in ("one/same.json", "two/same.json", "two/other.json", "three/two/same.json"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text('[{"filename": "a", "caption": "b", "negative_caption": "c"}]')
+        files.append(file)
+    probes = evaluate.read_probes(files[:3])
+    assert [probe.name for probe in probes] == ["one_same", "two_same", "other"]
+    with pytest.raises(datasets.InputError, match="two files would be called two_same"):
+        evaluate.read_probes(files)
+    assert evaluate.read_probes([]) == []
+
+
+def test_a_probe_without_features_says_nothing(tmp_path, world, model):
+    items = [{"filename": "nowhere", "caption": "b", "negative_caption": "c"}]
+    assert probe(tmp_path, world, model, items) == {}
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        "[]",
+        "null",
         "{",
         "3",
         '[{"a": 1}]',
@@ -527,6 +670,8 @@ def test_rococo_altered_captions_are_only_in_the_way(tmp_path, world, model, sco
         '[{"image": "a", "caption": ["one", "two"]}]',
         '[{"image": "a", "caption": ["one", "two", 3, 4, 5, 6]}]',
         '[{"image_file": "a", "caption": "b", "foil": ""}]',
+        '[{"image_file": "a", "caption": "b", "foil": "c", "mturk": 3}]',
+        '[{"image_file": "a", "caption": "b", "foil": "c", "mturk": {"caption": "3"}}]',
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, content):
@@ -549,7 +694,7 @@ def brute_force_precision(line, right, r):
     return precision, sum(hits) / r, order[0] in right
 
 
-def test_eccv_metrics_on_a_made_gallery(tmp_path):
+def test_eccv_metrics_on_a_made_gallery(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     names = [f"COCO_val2014_{number:012d}.jpg" for number in (391895, 7, 42, 180)]
     split = datasets.Split(names, np.arange(4), ["a"] * 8, torch.arange(8) // 2)
@@ -575,6 +720,8 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
     positives = evaluate.read_positives(tmp_path)
+    assert evaluate.positives_metrics(positives, scores, world, "test") == {}  # 4, not 5,000
+    monkeypatch.setattr(evaluate, "is_coco_test", lambda split: True)
     result = evaluate.positives_metrics(positives, scores, world, "test")
     expected = {
         "eccv_tr": [(scores[:, 0], {0, 1, 2}, 4), (scores[:, 2], {4, 5, 7}, 3)],
@@ -592,7 +739,7 @@ def test_eccv_metrics_on_a_made_gallery(tmp_path):
         assert result[f"{way}_queries"] == len(queries)
 
 
-def test_harmed_files_of_more_positives_are_told_in_one_line(tmp_path):
+def test_damaged_files_of_more_positives_are_refused_in_one_line(tmp_path):
     np.save(tmp_path / "coco_test_ids.npy", np.array([11, 5]))
     file = tmp_path / "original_caption_to_image.json"
     for text in ("{", "[1]", '{"11": [3]}', '{"11": 3, "5": 3}'):
@@ -601,6 +748,16 @@ def test_harmed_files_of_more_positives_are_told_in_one_line(tmp_path):
             evaluate.read_positives(tmp_path)
         assert "\n" not in str(fault.value) and str(tmp_path) in str(fault.value)
     file.write_text('{"11": [3], "5": [3]}')
+    table = tmp_path / "eccv_image_to_caption.json"
+    for text in ("{", "[1]", '{"11": 3}'):
+        table.write_text(text)
+        with pytest.raises(datasets.InputError, match="eccv_image_to_caption"):
+            evaluate.read_positives(tmp_path)
+    table.unlink()
+    np.save(tmp_path / "coco_test_ids.npy", np.array([[1.5]]))
+    with pytest.raises(datasets.InputError, match="not a row of ids"):
+        evaluate.read_positives(tmp_path)
+    np.save(tmp_path / "coco_test_ids.npy", np.array([11, 5]))
     assert evaluate.read_positives(tmp_path).image_of_caption == {"11": "3", "5": "3"}
 
 
@@ -628,21 +785,83 @@ def test_negatives_are_drawn(tmp_path, world, model, scores, altered):
     evaluate.draw_negatives(path, model, world, "test", scores, examples, 3)
     width, height = Image.open(path).size
     assert width == evaluate.WIDTH and 3 * 168 < height < 3 * 300
-    # Replaced word, correction.
-    assert {evaluate.ORANGE, evaluate.GREEN} <= colours_of(path)
-    # Long sentences go on in the next line; nothing written is no fault, nor is one image.
+    assert {evaluate.ORANGE, evaluate.GREEN, evaluate.GREY} <= colours_of(path)
+    # Long sentences go on in the next line; nothing written is no fault.
     examples["valid"][:] = False
     content = world.splits["test"]
     long = dataclasses.replace(content, captions=[" ".join([c] * 5) for c in content.captions])
     data = dataclasses.replace(world, splits={"test": long})
     evaluate.draw_negatives(path, model, data, "test", scores, examples)
-    assert Image.open(path).size[1] > 6 * 192
+    assert Image.open(path).size[1] > 5 * 192
     # Of photographs the boxes of their regions are shown.
     evaluate.draw_negatives(path, model, without_scenes(world), "test", scores, examples)
     sheet = Image.open(path)
-    assert sheet.size[1] >= 6 * 192
+    assert sheet.size[1] >= 5 * 192
     left = {colour for _, colour in sheet.crop((16, 0, 184, sheet.size[1])).getcolors(1 << 20)}
     assert {evaluate.RULE, evaluate.INK, evaluate.ORANGE} <= left
+
+
+def test_the_remark_counts_examples_whose_caption_is_beaten(world, model, scores, monkeypatch):
+    examples = written(world, world.splits["test"].captions[1:21:2], 5)  # two an image
+    examples["valid"][4] = False
+    kept = []
+    monkeypatch.setattr(evaluate, "draw_rows", lambda *arguments: kept.extend(arguments))
+
+    def judge_words(model, data, split, ids, images, **options):
+        high = scores[examples["captions"], examples["images"]][:4]
+        logits = torch.stack((high - 1, high - 1), 1)  # of four examples
+        logits[1, 1] += 1  # a tie counts against the caption
+        logits[2] += 2
+        return logits.flatten(), torch.zeros(ids.shape), ids
+
+    monkeypatch.setattr(evaluate, "judge_words", judge_words)
+    evaluate.draw_negatives(None, model, world, "test", scores, examples, seed=3)
+    assert "In 2 of all 5 examples" in kept[-1] and "(3)" in kept[-1]
+    labels = [[line.label for line in lines] for _, lines in kept[3]]
+    assert sorted(map(len, labels)) == [1, 2, 4, 4, 4, 4]
+    order = [image for image, _ in kept[3][1:]]
+    assert order != sorted(order) and sorted(order) == sorted(examples["images"].tolist())
+
+
+def test_words_are_marked():
+    tokens = ["[CLS]", "a", "read", "##ing", "cat", "dog", "blue"]
+    suspicion = torch.tensor([-torch.inf, -9.0, 9.0, 1.0, 9.0, -1.0, -torch.inf])
+    sentence = torch.tensor([0, 1, 2, 3, 4, 5, 0])
+    original = torch.tensor([0, 1, 2, 3, 5, 4, 0])
+    corrections = torch.tensor([0, 6, 6, 3, 5, 6, 0])
+    words = evaluate.mark_words(tokens, sentence, original, suspicion, corrections)
+    assert [word.text for word in words] == ["a", "read", "ing", "cat", "dog"]
+    assert [word.continues for word in words] == [False, False, True, False, False]
+    replaced = [word.colour == evaluate.ORANGE for word in words]
+    assert replaced == [False, False, False, True, True]
+    # Corrected is what is suspected; rightly, wrongly, to the same word, not at all.
+    assert [word.below for word in words] == ["", "blue", "", "dog", ""]
+    assert words[1].below_colour == evaluate.GREY and words[3].below_colour == evaluate.GREEN
+    assert words[0].suspicion < 0.01 < words[4].suspicion < 0.5 < words[3].suspicion
+
+
+def test_curves_are_drawn(tmp_path):
+    rows = []
+    for step in range(10, 60, 10):
+        row = {"phase": "warmup" if step < 40 else "dc", "step": step, "mlm": 4 / step}
+        rows.append(row | {"val_tr_r1": math.nan if step == 20 else step})
+    rows[-1] |= {"hard": 0.0, "positive": 0.5}  # a logarithm of nothing, a single point
+    evaluate.draw_curves(tmp_path / "curves.png", rows)
+    panels = [colours_of(tmp_path / "curves.png")]
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width == evaluate.WIDTH and height > 3 * 200
+    assert {evaluate.BLUE, evaluate.GREY, evaluate.GREEN} <= panels[0]
+    assert evaluate.OCHRE not in panels[0]  # no word discrimination
+    # The same from log.csv, where all are texts and some are missing.
+    texts = [{name: str(value) for name, value in row.items()} for row in rows]
+    for row in texts:
+        row.setdefault("hard", "")
+    evaluate.draw_curves(tmp_path / "again.png", texts)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    # Curves that there are not have no panel; nor does a log without a number.
+    evaluate.draw_curves(tmp_path / "curves.png", [{"phase": "dc", "step": 1, "mlm": 1.0}])
+    assert Image.open(tmp_path / "curves.png").size[1] < height / 2
+    evaluate.draw_curves(tmp_path / "curves.png", [{"phase": "dc", "step": 1}])
 
 
 def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered, monkeypatch):
@@ -666,6 +885,13 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     photographs = evaluate.report(model, without_scenes(world), "test", scores, examples)
     assert not {"fair_negatives", "oversensitivity", "one_word_wrong"} & photographs.keys()
     assert "sentences_repaired" in photographs
+    # The table says of each what it counts.
+    named = [name for name in metrics if not name.startswith("one_word_wrong_")]
+    assert set(named) <= evaluate.MEASURES.keys()
+    assert evaluate.meaning_of("1k_rsum") == evaluate.MEASURES["rsum"]
+    assert evaluate.meaning_of("danger_altered_tr_r5") == evaluate.MEASURES["altered_tr_r5"]
+    assert evaluate.meaning_of("one_word_wrong_colour") == ""
+    assert any(line.startswith("tr_r1 ") and "images" in line for line in lines)
 
 
 def test_search_finds_what_the_scores_say(tmp_path, world, model, scores):
