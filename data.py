@@ -22,6 +22,7 @@ import warnings
 import zipfile
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -73,6 +74,50 @@ def read_json(path, expected="a whole JSON file is expected"):
     """The content of a JSON file, or InputError."""
     with one_line_errors(path, expected):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+
+
+class ProgressLine:
+    """How far long work has come, on stderr: what is done and how long the rest will take. On a
+    terminal one line is rewritten; a file gets a line a minute. Work of under 5 seconds is silent.
+    what: the things counted, "images" say. total: how many there will be; None = nobody knows."""
+
+    def __init__(self, what, total):
+        self.what = what
+        self.total = total
+        self.done = 0
+        self.on_terminal = sys.stderr.isatty()
+        self.start = time.monotonic()
+        self.next_line = self.start + 5
+        self.width = 0  # of the longest line so far; 0 = nothing was shown
+
+    def advance(self, n=1):
+        """n more are done."""
+        self.done += n
+        now = time.monotonic()
+        if now >= self.next_line:
+            self.show(now)
+            self.next_line = now + (0.5 if self.on_terminal else 60)
+
+    def close(self):
+        """The last line, if there was a first."""
+        if self.width:
+            self.show(time.monotonic())
+            if self.on_terminal:
+                print(file=sys.stderr)
+
+    def show(self, now):
+        """Writes the line."""
+        seconds = now - self.start
+        text = f"{self.done:,} {self.what} in {timedelta(seconds=round(seconds))}"
+        if self.total and self.done:
+            share = min(self.done / self.total, 1)
+            left = timedelta(seconds=round(seconds / share - seconds))
+            text = f"{self.done:,} of {self.total:,} {self.what} ({share:.0%}), {left} left"
+        self.width = max(self.width, len(text))
+        if self.on_terminal:
+            print(f"\r{text.ljust(self.width)}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 # ---- words and word pieces ---------------------------------------------------------------------
@@ -159,10 +204,12 @@ def build_vocabulary(captions, min_count):
 # A header in JSON and its length are written last, and only then the file takes its name.
 
 
-def write_regions(folder, images, source, left_out=None):
+def write_regions(folder, images, source, left_out=None, total=None):
     """Streams images, (name, features (R, F), boxes (R, 4)) each, into a folder for `Regions`.
-    source: what they came from. left_out: list that `images` fills with what it leaves out."""
+    source: what they came from. left_out: list that `images` fills with what it leaves out.
+    total: how many images there will be about, for the progress line; None = nobody knows."""
     folder = Path(folder)
+    progress = ProgressLine("images converted", total)
 
     def write(part):
         names = []
@@ -173,8 +220,8 @@ def write_regions(folder, images, source, left_out=None):
                 file.write(np.concatenate([features.astype(np.float16), box_bits], 1).tobytes())
                 names.append(name)
                 counts.append(len(features))
-                if len(names) % 5000 == 0:
-                    print(f"regions of {len(names):,} images", file=sys.stderr)
+                progress.advance()
+            progress.close()
             header = {"source": source, "names": names, "counts": counts}
             header |= {"feature_size": features.shape[1], "left_out": left_out or []}
             text = json.dumps(header).encode()

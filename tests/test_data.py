@@ -24,6 +24,7 @@ import data as data_module
 from data import (
     Data,
     InputError,
+    ProgressLine,
     Regions,
     Split,
     WordPiece,
@@ -816,13 +817,47 @@ def test_crops_are_described_from_their_own_pixels():
     assert np.allclose(white, features[1], atol=1e-6)  # a box does not depend on the others
 
 
-def test_progress_is_quiet_unless_it_takes_long(tmp_path, capsys):
-    write_regions(tmp_path / "a", made(3), {})
+class Clock:
+    """Stands for `time`: a second passes whenever it is looked at."""
+
+    def __init__(self):
+        self.now = 0
+
+    def monotonic(self):
+        self.now += 1
+        return self.now
+
+
+def test_progress_of_short_work_is_silent(tmp_path, capsys):
+    write_regions(tmp_path / "a", made(3), {}, total=3)
     assert capsys.readouterr() == ("", "")
-    write_regions(tmp_path / "b", 1700 * list(made(9)), {})
+
+
+def test_progress_in_a_file_is_a_line_a_minute_with_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(data_module, "time", Clock())
+    progress = ProgressLine("pairs", 300)
+    for _ in range(100):
+        progress.advance(2)
+    progress.close()
     out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == "" and len(lines) == 3 and all("images" in x for x in lines)
+    assert out == "" and err.splitlines() == [
+        "10 of 300 pairs (3%), 0:02:25 left",  # 5 s after the start
+        "130 of 300 pairs (43%), 0:01:25 left",
+        "200 of 300 pairs (67%), 0:00:50 left",
+    ]
+
+
+def test_progress_on_a_terminal_rewrites_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(data_module, "time", Clock())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = ProgressLine("pairs", None)
+    for _ in range(7):
+        progress.advance(1000)
+    progress.close()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert err.strip().split("\r")[0] == "5,000 pairs in 0:00:05"
+    assert err.strip().split("\r")[-1] == "7,000 pairs in 0:00:08"
 
 
 def test_second_start_converts_nothing_and_still_sees_changes(root, tmp_path, monkeypatch):
