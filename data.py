@@ -12,18 +12,21 @@ import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import struct
 import sys
 import time
+import tokenize
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,19 +41,29 @@ class InputError(ValueError):
     """Bad input. Its text is one line: what is wrong, where, how to mend it."""
 
 
+# What a damaged file raises in the libraries that read it, and a field of another kind in the code
+# that uses it. Others, NameError and AssertionError say, are faults of the program.
+DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(pickle.UnpicklingError, tokenize.TokenError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+
 @contextlib.contextmanager
 def one_line_errors(where, advice, left_out=None):
-    """Whatever goes wrong inside, and numpy, Pillow, zipfile and base64 raise a dozen kinds on
-    damaged files, becomes an InputError; or a line in the list left_out, if there is one."""
+    """Turns what a damaged file raises inside into an InputError of one line, raised from it; or
+    into a line of the list left_out, if there is one."""
     try:
         yield
-    except Exception as fault:
+    except DAMAGE as fault:
         kind = "lacks" if isinstance(fault, KeyError) else type(fault).__name__
         what = str(fault) if type(fault) is ValueError else f"{kind} {fault}"
         text = str(fault) if isinstance(fault, InputError) else f"{where}: {what[:400]}; {advice}"
         text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
         if left_out is None:
-            raise InputError(text) from None
+            raise InputError(text) from fault
         left_out.append(text.removesuffix(f"; {advice}"))
 
 
@@ -138,6 +151,17 @@ def split_words(text):
     return spaced.split()
 
 
+def split_touching(text):
+    """The words of split_words, and of each whether no space stands before it."""
+    words = []
+    touching = []
+    for chunk in text.split(" "):
+        parts = split_words(chunk)
+        words += parts
+        touching += [n > 0 for n in range(len(parts))]
+    return words, touching
+
+
 def uncased(word):
     """A word in lower case without accents, as BERT does it -> one word, several or none."""
     letters = unicodedata.normalize("NFD", "".join(char.lower() for char in word))
@@ -146,7 +170,9 @@ def uncased(word):
 
 class WordPiece:
     """BERT's tokenizer. vocab: path of a vocab.txt (one token a line, id = line number) or a list
-    of tokens. word_range: (first, end) of the ids that are neither special nor [unused]."""
+    of tokens. lowercase: True for an uncased vocabulary. Raises InputError.
+    word_range: (first, end) of the ids of ordinary words, behind all special tokens and [unused].
+    whole_words: (V,) bool, False for the pieces that continue a word, "##s"."""
 
     def __init__(self, vocab, lowercase):
         self.tokens = vocab if isinstance(vocab, list) else read_lines(vocab)
@@ -154,19 +180,29 @@ class WordPiece:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         with one_line_errors(f"{str(vocab)[:99]!r}", "give BERT's vocab.txt"):
             special_ids = [self.ids[token] for token in SPECIALS]
+            special = [token in SPECIALS or token.startswith("[unused") for token in self.tokens]
+            first = [*special, False].index(False)
+            if max(special_ids) >= first:
+                late = self.tokens[max(special_ids)]
+                raise ValueError(f"{late} stands behind the word {self.tokens[first]!r}")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = special_ids
-        special = [token in SPECIALS or token.startswith("[unused") for token in self.tokens]
-        self.word_range = ([*special, False].index(False), len(self.tokens))
-        self.pieces = cache(self.pieces)  # captions repeat their words
+        self.word_range = (first, len(self.tokens))
         self.whole_words = torch.tensor([not token.startswith("##") for token in self.tokens])
+        self.known_pieces = {}  # of each word so far, since captions repeat their words
 
     def pieces(self, word):
-        """One word of split_words -> the ids of its pieces."""
-        parts = uncased(word) if self.lowercase else [word]
-        return [i for part in parts for i in self.longest_match(part)]
+        """A word, or several with no space between them -> the ids of their pieces."""
+        if word not in self.known_pieces:
+            words = split_words(word)
+            if self.lowercase:
+                words = [part for cased in words for part in uncased(cased)]
+            self.known_pieces[word] = [i for part in words for i in self.longest_match(part)]
+        return self.known_pieces[word]
 
     def longest_match(self, word):
         """The longest known piece from the left, then, with ##, the longest of the rest ..."""
+        if len(word) > 100:
+            return [self.unk_id]
         ids = []
         start = 0
         while start < len(word):
@@ -174,7 +210,7 @@ class WordPiece:
             end = len(word)
             while end > start and prefix + word[start:end] not in self.ids:
                 end -= 1
-            if end == start or len(word) > 100:
+            if end == start:
                 return [self.unk_id]
             ids.append(self.ids[prefix + word[start:end]])
             start = end
@@ -182,7 +218,7 @@ class WordPiece:
 
     def encode(self, text):
         """Text -> list of ids, without [CLS] and [SEP]."""
-        return [i for word in split_words(text) for i in self.pieces(word)]
+        return [i for chunk in text.split(" ") for i in self.pieces(chunk)]
 
     def decode(self, ids):
         """Ids -> readable text: pieces joined, [PAD] [CLS] [SEP] dropped."""
@@ -215,31 +251,43 @@ def write_regions(folder, images, source, left_out=None, total=None):
     def write(part):
         names = []
         counts = []
+        width = None
         with open(part, "wb") as file:
             for name, features, boxes in images:
+                width = width or features.shape[-1]
+                if features.shape[1:] != (width,) or boxes.shape != (len(features), 4):
+                    found = f"features {features.shape}, boxes {boxes.shape}"
+                    raise InputError(f"{name}: {found}; (R, {width}) and (R, 4) are expected")
                 box_bits = np.ascontiguousarray(boxes, np.float32).view(np.float16)  # (R, 8)
                 file.write(np.concatenate([features.astype(np.float16), box_bits], 1).tobytes())
                 names.append(name)
                 counts.append(len(features))
                 progress.advance()
             progress.close()
+            if not names:
+                raise InputError(f"{folder}: no image to write")
             header = {"source": source, "names": names, "counts": counts}
-            header |= {"feature_size": features.shape[1], "left_out": left_out or []}
+            header |= {"feature_size": width, "left_out": left_out or []}
             text = json.dumps(header).encode()
             file.write(text + len(text).to_bytes(8, "little"))
 
-    with one_line_errors(folder, "is the disk full, or a file not to be read or written?"):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
             if time.time() - part.stat().st_mtime > 600:  # of a killed run
                 part.unlink(missing_ok=True)
         write_atomically(folder / "regions.bin", write)
+    except OSError as fault:
+        text = f"{folder}: {fault}; is the disk full, or a file not to be read or written?"
+        raise InputError(text) from fault
 
 
 class Regions:
-    """The memory-mapped features that write_regions made. Raises InputError if they are harmed."""
+    """The memory-mapped features that write_regions made. Raises InputError if they are harmed.
+    A copy, also one in another process, opens the file anew."""
 
     def __init__(self, folder):
+        self.folder = folder
         path = Path(folder) / "regions.bin"
         with one_line_errors(folder, "delete it, and it is made again"), open(path, "rb") as file:
             file.seek(-8, os.SEEK_END)
@@ -256,6 +304,9 @@ class Regions:
             regions = np.asarray(np.memmap(file, np.float16, "r", shape=shape))
             self.features = regions[:, :-8]  # (all regions, F)
             self.boxes = regions[:, -8:].view(np.float32)  # (all regions, 4)
+
+    def __reduce__(self):
+        return Regions, (self.folder,)
 
     def gather(self, rows):
         """Images by number (B,) -> features (B, R, F), boxes (B, R, 7), mask (B, R). What is beyond
@@ -274,16 +325,18 @@ class Regions:
         return features, boxes, mask
 
 
-def open_regions(folder, source, make_images, left_out=None, elsewhere=()):
+def open_regions(folder, source, make_images, left_out=None, elsewhere=(), total=None):
     """The region store in a folder, or elsewhere, in other folders that are only read. Unless one
     has this source, it is made in `folder` of the iterator make_images(), see write_regions."""
     source = json.loads(json.dumps(source))  # tuples become lists, as in the file
     for place in (folder, *elsewhere):
+        regions = None  # closes the last one: Windows replaces no file that is mapped
         with contextlib.suppress(InputError):  # none yet, or a harmed one
             regions = Regions(place)
             if regions.source == source:
                 return regions
-    write_regions(folder, make_images(), source, left_out)
+    regions = None
+    write_regions(folder, make_images(), source, left_out, total)
     return Regions(folder)
 
 
@@ -300,6 +353,7 @@ class Split:
     image_of_caption: torch.Tensor  # (C,) long, ascending
     phrases: list = None  # of each caption [[word positions]], or None: parse_phrases finds them
     scenes: list = None  # only in the embedded world: of each image
+    further: dict = field(default_factory=dict)  # image -> captions that only true_captions counts
 
 
 @dataclass
@@ -314,8 +368,8 @@ class Data:
     notes: list = field(default_factory=list)  # what was found, left out or guessed, a line each
 
     def __post_init__(self):
-        self.caption_ids = cache(self.caption_ids)  # training asks again and again
-        self.caption_phrases = cache(self.caption_phrases)
+        self.known_ids = {}  # (split, caption) -> ids: training asks again and again
+        self.known_phrases = {}
 
     def text(self, split, captions):
         """Captions by number (B,) -> input_ids (B, T) long: [CLS] words [SEP], padded."""
@@ -334,21 +388,30 @@ class Data:
 
     def caption_ids(self, split, c):
         """One caption -> (T,) ids."""
-        ids = self.tokenizer.encode(self.splits[split].captions[c])[: self.max_text - 2]
+        if (split, c) not in self.known_ids:
+            self.known_ids[split, c] = self.token_ids(self.splits[split].captions[c])
+        return self.known_ids[split, c]
+
+    def token_ids(self, text):
+        """A text -> (T,) ids: [CLS] words [SEP], of which the words are cut off to max_text."""
+        ids = self.tokenizer.encode(text)[: self.max_text - 2]
         return torch.tensor([self.tokenizer.cls_id, *ids, self.tokenizer.sep_id])
 
     def caption_phrases(self, split, c):
         """One caption -> (P, T) bool, the tokens of each phrase that is not cut off. A caption
         without a single phrase has one of each word (section 3.3)."""
-        content = self.splits[split]
-        words = split_words(content.captions[c])
-        phrases = content.phrases[c] if content.phrases else None
-        if phrases is None:
-            phrases = [positions for _, positions in parse_phrases(words)]
-        word_of_token = [-1]  # [CLS] and [SEP] are no word's
-        for n, word in enumerate(words):
-            word_of_token += [n] * len(self.tokenizer.pieces(word))
-        return phrase_masks(phrases, [*word_of_token[: self.max_text - 1], -1])
+        if (split, c) not in self.known_phrases:
+            content = self.splits[split]
+            words, touching = split_touching(content.captions[c])
+            phrases = content.phrases[c] if content.phrases else None
+            if phrases is None:
+                phrases = [positions for _, positions in parse_phrases(words, touching)]
+            word_of_token = [-1]  # [CLS] and [SEP] are no word's
+            for n, word in enumerate(words):
+                word_of_token += [n] * len(self.tokenizer.pieces(word))
+            word_of_token = [*word_of_token[: self.max_text - 1], -1]
+            self.known_phrases[split, c] = phrase_masks(phrases, word_of_token)
+        return self.known_phrases[split, c]
 
     def image(self, split, images):
         """Images by number (B,) -> features (B, R, F), boxes (B, R, 7), region_mask (B, R)."""
@@ -356,13 +419,19 @@ class Data:
 
     def true_captions(self, split, images):
         """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
-        owner = self.splits[split].image_of_caption.numpy()
+        content = self.splits[split]
+        owner = content.image_of_caption.numpy()
         images = np.asarray(images)
         starts = np.searchsorted(owner, images)
         ends = np.searchsorted(owner, images, "right")
-        captions = [np.arange(start, end) for start, end in zip(starts, ends)]
-        texts = self.text(split, np.concatenate(captions)).split([len(five) for five in captions])
-        return pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_id)
+        texts = []
+        for image, start, end in zip(images.tolist(), starts, ends):
+            ids = [self.caption_ids(split, c) for c in range(start, end)]
+            ids += [self.token_ids(text) for text in content.further.get(image, [])]
+            texts.append(ids)
+        pad = partial(pad_sequence, batch_first=True, padding_value=self.tokenizer.pad_id)
+        padded = pad([row for ids in texts for row in ids])  # (all captions, T)
+        return pad(padded.split([len(ids) for ids in texts]))
 
 
 # ---- published features ------------------------------------------------------------------------

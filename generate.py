@@ -340,9 +340,9 @@ WORDS_OF_TAG = {
     others own same several some the their these this those my our your and as but how if or so
     that though what when where while he here herself him himself i it itself me she someone
     something them there they us we you which who ahead almost also apart away backwards forward
-    just not outdoors indoors overhead sideways still together too upside very well yet 's n't
-    're 'll 've 'd 'm am are be been being can do does has have had is may was were will would
-    could""",
+    just not outdoors indoors overhead sideways still together too upside very well yet s re
+    ll ve d m n em til ca wo ai am are be been being can do does has have had is may was were will
+    would could""",
     "P": """about above across after against along alongside among around at atop before behind
     below beneath beside between by down during for from in inside into like near of off on onto
     out outside over past through to toward towards under underneath up upon with within without""",
@@ -360,9 +360,12 @@ WORDS_OF_TAG = {
     throw thrown try use wait walk watch wear worn""",
 }
 TAGS = {word: tag for tag, words in WORDS_OF_TAG.items() for word in words.split()}
-# Where punctuation stands alone, these are left of 's, n't, 're, 'll, 've, 'd, 'm behind the quote.
-QUOTES = ("'", "\u2019")
-CONTRACTED = ("s", "t", "re", "ll", "ve", "d", "m")
+# What tokenizers make of contractions: doesn't, doesnt, n't; dog's, 's or a lone s (in TAGS); and
+# doesn before a t that stands by itself, with a quote between them or without.
+QUOTES = "'`\u00b4\u2018\u2019\u02bc\u2032"
+NEGATED = "(ai|are|ca|could|did|do|does|had|has|have|is|must|should|was|were|wo|would)n"
+NOT = re.compile(f"({NEGATED}|n)[{QUOTES}]?t")
+CLITIC = re.compile(f"[{QUOTES}]+(s|re|ll|ve|d|m)?$")
 ARTICLES = ("a", "an", "the", "his", "her", "their", "its", "some")
 PARTICIPLE = re.compile(r"..(ing|.ed)$")
 LONG_PREPOSITION = re.compile(
@@ -374,13 +377,15 @@ LONG_PREPOSITION = re.compile(
 PHRASE = re.compile(r"(?P<object>N+)|(?P<attribute>A)|(?P<relation>V(?:Pp*)*|[PT]p*(?=[XA]*[NV]))")
 
 
-def parse_phrases(words):
+def parse_phrases(words, touching=None):
     """Words -> [(type, [word positions])], in order, disjoint.
     Objects are nouns with the nouns before them; attributes adjectives, numbers and participles,
     each alone; relations verbs with their prepositions, and prepositions between objects.
+    touching: of each word whether no space stands before it; a "-" joins words only if it touches
+        both. None = nobody knows, and it joins all but articles.
     >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
     [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
-    joined = join_hyphens(words)
+    joined = join_hyphens(words, touching)
     words = [word for word, _ in joined]
     tags = tag_words(words)
     for n in range(len(words)):
@@ -398,12 +403,12 @@ def parse_phrases(words):
     return phrases
 
 
-def join_hyphens(words):
+def join_hyphens(words, touching=None):
     """Words joined by hyphens count as one -> [(word, [positions])], lower case."""
     joined = []
     for n, word in enumerate(words):
-        inside = 0 < n < len(words) - 1 and word == "-"
-        if inside or (n > 1 and words[n - 1] == "-"):
+        hyphen_before = n > 1 and is_hyphen(words, n - 1, touching)
+        if hyphen_before or is_hyphen(words, n, touching):
             text, positions = joined[-1]
             joined[-1] = (text + word.lower(), [*positions, n])
         else:
@@ -411,27 +416,48 @@ def join_hyphens(words):
     return joined
 
 
+def is_hyphen(words, n, touching):
+    """Whether word n joins its neighbours: t-shirt, but not "a dog - a cat"."""
+    if words[n] != "-" or not 0 < n < len(words) - 1:
+        return False
+    if touching is None:
+        return words[n + 1].lower() not in ARTICLES
+    return touching[n] and touching[n + 1]
+
+
 def tag_words(words):
     """The tags of words in their context; X stands behind the last one and before the first."""
     words = [*words, ""]
     tags = [tag_word(word) for word in words]
+    tag_contractions(words, tags)
     for n, word in enumerate(words):
         previous = words[n - 1]
         before = tags[n - 1]
-        if word in CONTRACTED and previous in QUOTES:
-            tags[n] = "X"
-            if word == "t":  # is n't: isn ' t
-                tags[n - 2] = "X"
-        elif tags[n] == "V":
+        if tags[n] == "V":
             tags[n] = tag_verb(word, previous, before, tags[n + 1])
         elif tags[n] == "A" and tags[n + 1] in "PX." and (previous in ARTICLES or before == "P"):
             tags[n] = "N"  # the young
     return tags
 
 
+def tag_contractions(words, tags):
+    """Sets to X what only its neighbours show to be a part of a contraction."""
+    is_quote = [word != "" and word in QUOTES for word in words]
+    for n, word in enumerate(words):
+        stem = n - 2 if is_quote[n - 1] else n - 1
+        if word == "t" and re.fullmatch(NEGATED, words[stem]):  # won ' t
+            tags[n] = tags[stem] = "X"
+        elif len(word) == 1 and word.isalpha() and (is_quote[n - 1] or is_quote[n + 1]):
+            tags[n] = "X"  # o ' clock
+
+
 def tag_word(word):
     """The tag of a word by itself; of words with hyphens the last part decides."""
     word = word.rsplit("-", 1)[-1] or word
+    word = word.lstrip(QUOTES)
+    if NOT.fullmatch(word):
+        return "X"
+    word = CLITIC.sub("", word)  # of dog's and it's the word before the quote decides
     if word in TAGS:
         return TAGS[word]
     if not any(char.isalpha() for char in word):

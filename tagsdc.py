@@ -694,8 +694,6 @@ def parse_arguments(argv=None):
     if args.init and os.path.isdir(args.init):
         files = [name for name in BERT_FILES if os.path.isfile(os.path.join(args.init, name))]
         args.init = os.path.join(args.init, (files or BERT_FILES)[0])
-    if args.size is None and not args.init:
-        args.size = "tiny"
     check_tasks(parser, args)
     check_numbers(parser, args)
     if args.resume:
@@ -1415,7 +1413,7 @@ def make_model(args, data, source, state):
     feature_size = data.regions.feature_size
     if source is None:
         sizes = {"vocab_size": vocab_size, "feature_size": feature_size}
-        return TagsDC(Config.preset(args.size, dropout=args.dropout, **sizes))
+        return TagsDC(Config.preset(args.size or "tiny", dropout=args.dropout, **sizes))
     with datasets.one_line_errors(source, "weights, vocab.txt and features must belong together"):
         if "bert" in state:
             config = Config.from_bert(state["bert"], feature_size, args.dropout, vocab_size)

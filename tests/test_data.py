@@ -2,10 +2,12 @@
 ones and on damaged ones. `python tests/test_data.py 1000` damages 1,000 files of each kind."""
 
 import base64
-import io
+import copy
 import dataclasses
+import io
 import json
 import os
+import pickle
 import random
 import signal
 import sys
@@ -87,6 +89,43 @@ def test_wordpiece_length_limit_and_vocabulary_errors(tmp_path):
     for bad in (tmp_path / "vocab.txt", tmp_path / "none.txt"):
         with pytest.raises(InputError, match="vocab.txt|none.txt"):
             WordPiece(bad, False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_tokenizer_and_data_can_be_copied(tmp_path, copied):
+    data = tiny_data(tmp_path)
+    text, phrases = data.text("train", [2]), data.phrases("train", [2])  # fills what is remembered
+    for other in (copied(data), copied(copied(data))):
+        assert other.tokenizer is not data.tokenizer
+        assert torch.equal(other.text("train", [2]), text)
+        assert torch.equal(other.phrases("train", [2]), phrases)
+        assert other.tokenizer.encode("a frisbee") == data.tokenizer.encode("a frisbee")
+        assert torch.equal(other.image("train", [1])[0], data.image("train", [1])[0])
+
+
+def test_a_copy_of_the_regions_is_their_path(tmp_path):
+    write_regions(
+        tmp_path, ((f"{i}.jpg", np.ones((50, 90)), np.zeros((50, 4))) for i in range(9)), {}
+    )
+    regions = Regions(tmp_path)
+    assert len(pickle.dumps(regions)) < 300 < 9 * 50 * 90
+    assert pickle.loads(pickle.dumps(regions)).names == regions.names
+
+
+def test_special_tokens_stand_before_all_words():
+    tokenizer = WordPiece(["[PAD]", "[unused1]", *TOKENS[1:], "[unused2]"], True)
+    assert tokenizer.word_range == (6, len(TOKENS) + 2)
+    whole = [token for token, is_whole in zip(tokenizer.tokens, tokenizer.whole_words) if is_whole]
+    assert set(tokenizer.tokens) - set(whole) == {"##sb", "##ee"}
+    with pytest.raises(InputError, match=r"\[MASK\] stands behind the word 'a'"):
+        WordPiece("[PAD] [UNK] [CLS] [SEP] a [MASK] dog".split(), True)
+
+
+def test_a_word_of_100000_letters_is_unknown_at_once():
+    tokenizer = WordPiece([*TOKENS, "##a"], lowercase=True)
+    start = time.monotonic()
+    assert tokenizer.encode("a" * 10**5) == [tokenizer.unk_id]
+    assert time.monotonic() - start < 5
 
 
 def test_built_vocabulary_counts_and_orders():
@@ -220,6 +259,43 @@ def test_a_store_of_another_source_is_made_anew(tmp_path):
     open_regions(tmp_path, ("a", 1), lambda: made(3))
     assert open_regions(tmp_path, ("a", 1), lambda: 1 / 0).names == ["0.jpg", "1.jpg", "2.jpg"]
     assert open_regions(tmp_path, ("a", 2), lambda: made(4, 5, seed=1)).feature_size == 5
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_the_old_store_is_closed_before_a_new_one_takes_its_place(tmp_path):
+    """Windows cannot replace a file that is mapped into memory."""
+    for source in ("first", "second"):
+
+        def images():
+            assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+            yield from made(3)
+
+        open_regions(tmp_path, source, images)
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "features, boxes",
+    [((2, 6), (2, 5)), ((2, 6), (3, 4)), ((2, 7), (2, 4)), ((6,), (2, 4)), ((2, 3, 6), (2, 4))],
+)
+def test_features_and_boxes_of_other_shapes_are_named(tmp_path, features, boxes):
+    images = [("1.jpg", np.ones((2, 6)), np.zeros((2, 4)))]
+    images.append(("2.jpg", np.ones(features), np.zeros(boxes)))
+    with pytest.raises(InputError, match=r"2.jpg: features .*, boxes .*; \(R, 6\) and \(R, 4\)"):
+        write_regions(tmp_path / "r", iter(images), {})
+    assert not list((tmp_path / "r").iterdir())
+    with pytest.raises(InputError, match="no image"):
+        write_regions(tmp_path / "r", iter([]), {})
+
+
+def test_errors_keep_their_cause_and_faults_of_the_program_their_traceback(tmp_path):
+    with pytest.raises(InputError, match="a.json: .*; mend it") as caught:
+        with data_module.one_line_errors("a.json", "mend it"):
+            json.loads("[")
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+    for fault in (NameError, AssertionError, ImportError, KeyboardInterrupt):
+        with pytest.raises(fault), data_module.one_line_errors("a.json", "mend it"):
+            raise fault
 
 
 HARMS = {

@@ -12,6 +12,7 @@ import torch
 
 import generate
 import losses
+from data import split_words
 from model import Config, TagsDC
 
 PAD, UNK, CLS, SEP, MASK, FIRST, END = 0, 1, 2, 3, 4, 5, 25
@@ -1218,6 +1219,22 @@ def test_phrases_against_the_reference():
         ("a woman \u2019 s hat I ' m I ' d I ' ve", "object: woman, object: hat"),
         ("a man 's hat it 'll 've 'd 'm", "object: man, object: hat"),
         ("a t - shirt", "object: t - shirt"),
+        ("a t shirt", "object: t shirt"),
+        (
+            "the lamp's kettle doesn't see it's can't won't",
+            "object: lamp's kettle, relation: see",
+        ),
+        (
+            "the dog s bowl isn t red , they re wet",
+            "object: dog, object: bowl, attribute: red, attribute: wet",
+        ),
+        ("it does n't ca n ` t won \u2019 t doesnt 'em", ""),
+        (
+            "rock ' n ' roll at two o ' clock",
+            "object: rock, object: roll, relation: at, object: two, object: clock",
+        ),
+        ("two dogs ' bowls", "attribute: two, object: dogs, object: bowls"),
+        ("A dog - a cat", "object: dog, object: cat"),
         ("", ""),
         ("-", ""),
         ("- - -", ""),
@@ -1229,6 +1246,36 @@ def test_phrases_of(caption, phrases):
     parsed = generate.parse_phrases(words)
     got = [f"{kind}: {' '.join(words[i] for i in positions)}" for kind, positions in parsed]
     assert ", ".join(got) == phrases
+
+
+@pytest.mark.parametrize(
+    "touching, phrases",
+    [
+        ((False, False, False, False), [[0], [2, 3]]),  # dog - cat food
+        ((False, True, False, False), [[0], [2, 3]]),
+        ((False, False, True, False), [[0], [2, 3]]),
+        ((False, True, True, False), [[0, 1, 2, 3]]),  # dog-cat food
+        (None, [[0, 1, 2, 3]]),
+    ],
+)
+def test_a_dash_joins_only_the_words_that_it_touches(touching, phrases):
+    parsed = generate.parse_phrases("dog - cat food".split(), touching)
+    assert [positions for _, positions in parsed] == phrases
+
+
+@needs_real
+def test_no_contraction_in_real_captions_is_a_phrase():
+    """Of all COCO test captions with a quote; but a 't-ball' is a thing."""
+    images = json.loads((REAL / "captions/coco_karpathy_test.json").read_text())
+    texts = [caption for image in images for caption in image["caption"] if "'" in caption]
+    assert len(texts) > 100
+    contracted = ("s", "t", "re", "ll", "ve", "d", "m")
+    for text in texts:
+        words = [*split_words(text.lower()), ""]
+        for _, positions in generate.parse_phrases(words[:-1]):
+            for n in positions:
+                if words[n - 1] == "'" and words[n + 1] != "-":
+                    assert words[n] not in contracted, text
 
 
 def test_phrase_masks_tell_which_tokens_belong_to_which_phrase():
