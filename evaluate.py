@@ -22,32 +22,32 @@ from data import InputError, Split, describes, image_key
 from model import autocast
 
 MEASURES = {  # what is counted, in percent where nothing else is said
-    "tr_r1": "images that find one of their captions first",
-    "tr_r5": "images with one of their captions among the first 5",
-    "tr_r10": "images with one of their captions among the first 10",
-    "ir_r1": "captions that find their image first",
-    "ir_r5": "captions with their image among the first 5",
-    "ir_r10": "captions with their image among the first 10",
-    "rsum": "the sum of these six, 600 at best",
+    "tr_r1": "text R@1: images that find one of their captions first",
+    "tr_r5": "text R@5: images that find one among the first 5",
+    "tr_r10": "text R@10",
+    "ir_r1": "image R@1: captions that find their image first",
+    "ir_r5": "image R@5: captions that find it among the first 5",
+    "ir_r10": "image R@10",
+    "rsum": "RSum: the sum of text and image R@1, R@5 and R@10",
     "synthetic_score": "mean score of the written negatives, 0 to 1",
-    "wod_auc": "a replaced word is more suspicious than an original one",
-    "wod_most_suspicious": "negatives whose most suspicious word was replaced",
-    "woc_accuracy": "replaced words for which correction names the original",
-    "sentences_repaired": "wrong negatives mended by correcting one word",
-    "fair_negatives": "negatives that are false, says the oracle",
-    "true_negatives": "negatives that are true after all, says the oracle",
-    "ungrammatical_negatives": "negatives that are no sentence, says the oracle",
+    "wod_auc": "WoD AUC: replaced words are suspected above originals",
+    "wod_most_suspicious": "WoD: negatives whose most suspicious word was replaced",
+    "woc_accuracy": "WoC: replaced words whose original is named",
+    "sentences_repaired": "negatives mended by correcting the most suspicious word",
+    "fair_negatives": "negatives that are false, by the oracle",
+    "true_negatives": "negatives that are true after all, by the oracle",
+    "ungrammatical_negatives": "negatives that are no sentence, by the oracle",
     "one_word_wrong": "captions that outscore their one-word corruption",
     "oversensitivity": "paraphrases that do not outscore the corruption",
-    "altered_tr_r1": "tr_r1 with the corruptions among the candidates",
-    "altered_tr_r5": "tr_r5 with the corruptions among the candidates",
-    "altered_tr_r10": "tr_r10 with the corruptions among the candidates",
+    "altered_tr_r1": "text R@1 with corruptions among the candidates",
+    "altered_tr_r5": "text R@5 with corruptions among the candidates",
+    "altered_tr_r10": "text R@10 with corruptions among the candidates",
     "pairwise": "true captions that outscore their false ones",
-    "same_length": "items that wod_ and woc_ are of, a number",
+    "same_length": "items that its wod_ and woc_ measures are of, a number",
     "items": "items whose image has features, a number",
     "total": "items in the file, a number",
     "held_out": "items with an image of this split, a number",
-    "map_at_r": "mean average precision at R, R = number of positives",
+    "map_at_r": "mean average precision at R, the number of positives",
     "rprecision": "positives among the first R",
     "queries": "queries, a number",
 }
@@ -985,12 +985,12 @@ def headline(data, split, count=None):
 
 
 def table(metrics, warmup):
-    """Lines of a table: name, value after the warm-up if there was one, value at the end, and what
-    the measure counts."""
-    lines = [f"{'':32}{'warm-up' if warmup else '':>10}{'final':>10}"]
+    """Lines of a table: name, what it counts, value after the warm-up if there was one, value at
+    the end."""
+    lines = [f"{'':82}{'warm-up' if warmup else '':>9}{'final':>9}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        lines.append(f"{name:32}{before:>10}{value:10.2f}  {meaning_of(name)}".rstrip())
+        lines.append(f"{name:26}{meaning_of(name):56}{before:>9}{value:9.2f}")
     return lines
 
 
