@@ -666,13 +666,11 @@ QUICK = {
 OF_THIS_CALL = {"eval", "checkpoint", "query", "image", "resume", "out"}
 # Those of a run that do not change what it learns.
 MAY_CHANGE = {"device", "dtype", "score_batch", "probe", "save_scores", "test_images"}
-PATHS = ("root", "features", "phrases", "init")
 
 
 def parse_arguments(argv=None):
     """The command line, read twice: what it names, be it a recipe, a run to resume or a checkpoint,
-    is laid under it as defaults. Paths become absolute, so that a checkpoint can be used from
-    another folder."""
+    is laid under it as defaults."""
     parser = make_parser()
     given = parser.parse_args(argv)
     if given.quick and given.recipe:
@@ -686,14 +684,7 @@ def parse_arguments(argv=None):
         parser.set_defaults(**arguments_of_checkpoint(given))
     parser.set_defaults(out=default_out(given))
     args = parser.parse_args(argv)
-    for name in PATHS:
-        if getattr(args, name) is not None:
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-    if args.data.lower().endswith(".json"):
-        args.data = os.path.abspath(args.data)
-    if args.init and os.path.isdir(args.init):
-        files = [name for name in BERT_FILES if os.path.isfile(os.path.join(args.init, name))]
-        args.init = os.path.join(args.init, (files or BERT_FILES)[0])
+    make_paths_absolute(args)
     check_tasks(parser, args)
     check_numbers(parser, args)
     if args.resume:
@@ -701,6 +692,19 @@ def parse_arguments(argv=None):
     elif not (args.eval or args.checkpoint):
         check_phases(parser, args)
     return args
+
+
+def make_paths_absolute(args):
+    """So that a checkpoint can be used from another folder. For the folder of a BERT its weights
+    stand, so that the name alone tells what --init is; see `is_bert`."""
+    for name in ("root", "features", "phrases", "init"):
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.abspath(getattr(args, name)))
+    if args.data.lower().endswith(".json"):
+        args.data = os.path.abspath(args.data)
+    if args.init and os.path.isdir(args.init):
+        files = [os.path.join(args.init, name) for name in BERT_FILES]
+        args.init = next(filter(os.path.isfile, files), files[0])
 
 
 def arguments_of_run(given):
@@ -728,7 +732,8 @@ def known_arguments(arguments, given):
 
 
 def default_out(given):
-    """A run directory by the name of the data; for what is made of a checkpoint, eval/ beside it."""
+    """A run directory by the name of the data; what a checkpoint is asked for goes to eval/ beside
+    it."""
     checkpoint = given.eval or given.checkpoint
     if checkpoint and os.access(Path(checkpoint).parent, os.W_OK):
         return str(Path(checkpoint).parent / "eval")
@@ -801,9 +806,12 @@ def plan_phases(args):
         shares[name] = float(share)
     if args.init:
         shares.pop("warmup", None)
-    steps = {
-        name: round(args.steps * share / sum(shares.values())) for name, share in shares.items()
-    }
+    steps = {}
+    begin = end = 0
+    for name, share in shares.items():
+        end += share
+        steps[name] = round(args.steps * end / sum(shares.values())) - begin
+        begin += steps[name]
 
     tags = {"hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm}
     dc = {**tags, "wod": args.lambda_wod, "woc": args.lambda_woc}
@@ -981,6 +989,12 @@ class Trainer:
         self.next_batch = None  # what the background makes: its number, and its promise
         broadcast_parameters(model)
         self.score_val(8)  # how long does a validation take?
+
+    def begin(self, corrects):
+        """The first phase. corrects: whether the weights have learnt word correction already."""
+        self.progress.corrects = corrects
+        self.begin_phase()
+        self.save("last.pt")
 
     def begin_phase(self):
         """AdamW anew, fused where torch can; no weight decay on biases and LayerNorm."""
@@ -1176,8 +1190,8 @@ class Trainer:
                 self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
             broadcast_parameters(self.model)
         if phase.part == "matching":
-            report = test_report(self.model, self.data, self.args, self.settings)
-            self.progress.warmup = report[0] if report else None
+            part = reported(self.data, self.args)
+            self.progress.warmup, _, _ = test_report(self.model, part, self.args, self.settings)
         self.progress.phase += 1
         self.progress.step = 0
         if self.progress.phase < len(self.plan):
@@ -1235,20 +1249,27 @@ def scoring(settings):
     }
 
 
-def scores_of(model, data, split, settings, count=None):
-    """Score matrix (C, I) of a split, or of its first `count` images, and each caption's image."""
+def scores_of(model, data, split, settings, count=None, file=None):
+    """Score matrix (C, I) of a split, or of its first `count` images, and each caption's image.
+    file: where the matrix of a whole split is kept, so that an interrupted report goes on."""
     images = torch.arange(len(data.splits[split].images))[:count]
     owner = data.splits[split].image_of_caption
     owner = owner[owner < len(images)]
     captions = torch.arange(len(owner))
     shared = WORLD_SIZE > 1 and len(owner) >= WORLD_SIZE
     part = captions.tensor_split(WORLD_SIZE)[RANK] if shared else captions
-    options = scoring(settings)
-    scores = evaluate.score_matrix(model, data, split, captions=part, images=images, **options)
+    kept = None
+    if file is not None and not shared:
+        kept = evaluate.open_scores(file, model, data, split, settings.dtype)
+    scores = evaluate.score_matrix(
+        model, data, split, captions=part, images=images, scores=kept, **scoring(settings)
+    )
     if shared:
         parts = [scores] * WORLD_SIZE
         dist.all_gather_object(parts, scores)
         scores = torch.cat(parts)
+        if file is not None and RANK == 0:
+            np.save(file, scores.numpy())
     return scores, owner
 
 
@@ -1280,13 +1301,20 @@ def tailored_examples(model, data, split, args, settings, count):
     }
 
 
-def test_report(model, data, args, settings):
-    """Everything measured on the test split -> metrics, scores (C, I), generated examples; None if
-    --test-images is 0."""
+def reported(data, args):
+    """The data with no more of the final split than --test-images says."""
+    if not args.test_images:
+        return data
+    return evaluate.first_images(data, final_split(data), args.test_images)
+
+
+def test_report(model, data, args, settings, file=None):
+    """Everything measured on the final split -> metrics, scores (C, I), generated examples; without
+    any images {}, None, None. file: see `scores_of`."""
     if args.test_images == 0:
-        return None
+        return {}, None, None
     split = final_split(data)
-    scores, _ = scores_of(model, data, split, settings)
+    scores, _ = scores_of(model, data, split, settings, file=file)
     examples = tailored_examples(model, data, split, args, settings, args.analyse_images)
     options = scoring(settings)
     metrics = evaluate.report(model, data, split, scores, examples, args.seed, **options)
@@ -1301,7 +1329,7 @@ class Published(NamedTuple):
 
 
 def read_published(args):
-    probes = [evaluate.read_probe(path) for path in args.probe]
+    probes = evaluate.read_probes(args.probe)
     return Published(probes, evaluate.read_positives(args.root) if args.root else None)
 
 
@@ -1310,26 +1338,24 @@ def finish(args, data, model, settings, progress, published):
     and pictures. progress: a Progress."""
     out = Path(args.out)
     split = final_split(data)
-    content = data.splits[split]
-    report = test_report(model, data, args, settings)
+    file = out / "scores.npy" if args.save_scores else None
+    part = reported(data, args)
+    metrics, scores, examples = test_report(model, part, args, settings, file)
     if RANK > 0:
         return
-    metrics, scores, examples = report or ({}, None, None)
-    if report:
-        say(f"{split} split: {len(content.images):,} images, {len(content.captions):,} captions")
+    if metrics:
+        say(evaluate.headline(data, split, args.test_images))
         say("\n".join(evaluate.table(metrics, progress.warmup or {})))
-        if args.save_scores:
-            np.save(out / "scores.npy", scores.numpy())
     write_metrics(args, settings, split, metrics, progress)
-    found = published_metrics(published, model, data, split, scores, settings)
+    found = published_metrics(published, model, part, split, scores, settings)
     if found:
         say("\n".join(evaluate.table(found, {})))
         write_metrics(args, settings, split, metrics | found, progress)
     if progress.log and not args.eval:
         evaluate.draw_curves(out / "curves.png", progress.log)
-    if report:
+    if metrics:
         path = out / "negatives.png"
-        evaluate.draw_negatives(path, model, data, split, scores, examples, **scoring(settings))
+        evaluate.draw_negatives(path, model, part, split, scores, examples, **scoring(settings))
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
@@ -1337,7 +1363,10 @@ def published_metrics(published, model, data, split, scores, settings):
     """What the files of published tests say. scores: (C, I) of the split, or None."""
     found = {}
     for probe in published.probes:
-        found |= evaluate.probe_metrics(probe, model, data, split, **scoring(settings))
+        metrics = evaluate.probe_metrics(probe, model, data, split, scores, **scoring(settings))
+        if not metrics:
+            say(f"probe {probe.name}: none of its images has features here")
+        found |= metrics
     if published.positives and scores is not None:
         found |= evaluate.positives_metrics(published.positives, scores, data, split)
     return found
@@ -1483,13 +1512,15 @@ def wait_for_the_first():
         raise SystemExit(2) from None
 
 
-EARLIER = ("last.pt", "best.pt", "metrics.json", "scores.npy", "negatives.png", "curves.png")
+EARLIER = "last.pt best.pt metrics.json scores.npy scores.npy.of negatives.png curves.png".split()
 
 
 def train(args, device, dtype, published):
     """A training run from its first step or, with --resume, from its last checkpoint."""
     if args.recipe not in (None, "paper") and not args.init:
         raise InputError(f"--recipe {args.recipe} tunes a network: give its weights by --init")
+    if not args.init:
+        args.size = args.size or "tiny"
     out = Path(args.out)
     last = out / "last.pt"
     goes_on = args.resume and last.exists()
@@ -1500,22 +1531,27 @@ def train(args, device, dtype, published):
         raise InputError(f"{args.data}: no captions of the train split to learn from")
     model.recompute = args.recompute
     settings = settings_of(args, data.tokenizer, device, dtype)
-    if RANK == 0 and not goes_on:  # of an earlier run, now that this one has all it needs
-        for name in EARLIER:
-            (out / name).unlink(missing_ok=True)
-        write_text(out / "run.json", json.dumps({"arguments": vars(args)}))
+    if not goes_on:
+        replace_earlier_run(args)
     trainer = Trainer(args, data, model.to(device), settings)
     if goes_on:
         trainer.resume(state)
     else:
-        trainer.progress.corrects = learnt_correction(state)
-        trainer.begin_phase()
-        trainer.save("last.pt")
+        trainer.begin(learnt_correction(state))
     del state  # with its optimiser three times as large as the model
     batches = trainer.batches * WORLD_SIZE
     say(f"tags and dc learn from {batches} x {args.batch_size} anchor pairs a step")
     trainer.train()
     finish(args, data, model, settings, trainer.progress, published)
+
+
+def replace_earlier_run(args):
+    """Deletes what an earlier run left in --out, now that this one has all it needs, and notes with
+    which arguments this one begins."""
+    if RANK == 0:
+        for name in EARLIER:
+            (Path(args.out) / name).unlink(missing_ok=True)
+    write_text(Path(args.out) / "run.json", json.dumps({"arguments": vars(args)}))
 
 
 def learnt_correction(state):

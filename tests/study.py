@@ -114,10 +114,17 @@ def parse_arguments(argv=None):
     study.images = study.images or [study.args.scenes[0]]
     if "retrieved, as long" in study.arms and not {"retrieved", "TAGS-DC"} <= {*study.arms}:
         raise InputError("--arms: 'retrieved, as long' is timed by 'TAGS-DC' and 'retrieved'")
-    plan = tagsdc.plan_phases(study.args)
-    if len(plan) < 2 or plan[0].name != "warmup":
+    warmup, arm = planned_phases(study)
+    if not warmup or not arm:
         raise InputError("--phases: a warm-up and something after it, and no --init without one")
     return study
+
+
+def planned_phases(study):
+    """The phases of the warm-up, and those of the arms that go on from it."""
+    plan = tagsdc.plan_phases(study.args)
+    warmup = [phase for phase in plan if phase.name == "warmup"]
+    return warmup, plan[len(warmup) :]
 
 
 def check_folder(study):
@@ -158,7 +165,8 @@ def folder_of(study, arm, images, seed):
 
 def run_warmup(study, images, seed):
     """The warm-up from which all arms of a seed go on."""
-    steps = tagsdc.plan_phases(study.args)[0].steps
+    phases, _ = planned_phases(study)
+    steps = sum(phase.steps for phase in phases)
     schedule = ["--phases", "warmup=1", "--steps", str(steps)]
     folder = folder_of(study, "warmup", images, seed)
     run_once(folder, [*shared_options(study, images, seed), *schedule])
@@ -166,7 +174,7 @@ def run_warmup(study, images, seed):
 
 def run_arm(study, arm, images, seed):
     """One arm from the warm-up of its seed -> its row for study.csv, kept as measures.json."""
-    phases = tagsdc.plan_phases(study.args)[1:]
+    _, phases = planned_phases(study)
     steps = sum(phase.steps for phase in phases)
     if arm == "retrieved, as long":
         # Of the seeds' fastest runs, which other programs on the machine disturbed least.
@@ -247,9 +255,10 @@ def blind_accuracy(folder):
     50% is ideal: more means that the negatives can be told by their language alone. A new network
     of the same size learns it on train, in 600 steps of 64 sentences, and is tried on test."""
     args = tagsdc.parse_arguments(["--eval", str(folder / "best.pt")])
-    device, args.dtype = tagsdc.choose_hardware(args)
-    state = tagsdc.load_checkpoint(args.eval)
-    data, model = tagsdc.load_all(args, args.eval, state, device)
+    device, dtype = tagsdc.choose_hardware(args)
+    data, model = tagsdc.load_all(args, args.eval, tagsdc.load_checkpoint(args.eval))
+    settings = tagsdc.settings_of(args, data.tokenizer, device, dtype)
+    model.to(device)
     torch.manual_seed(args.seed)
     blind = tagsdc.TagsDC(model.config).to(device)
     optimizer = torch.optim.AdamW(blind.parameters(), lr=1e-3)
@@ -260,7 +269,7 @@ def blind_accuracy(folder):
         return blind.match(blind(ids, features, boxes, ids != data.tokenizer.pad_id, None))
 
     def sentences(split, count):  # ids (n, T), and which of them are captions (n,)
-        made = tagsdc.tailored_examples(model, data, split, args, device, count)
+        made = tagsdc.tailored_examples(model, data, split, args, settings, count)
         wrong = made["sentences"][made["valid"]]
         right = made["originals"][:, None].expand_as(made["sentences"])[made["valid"]]
         ids = torch.cat((right, wrong)).to(device)

@@ -78,7 +78,7 @@ def test_an_arm_goes_on_from_its_warm_up(tmp_path, monkeypatch):
     study.run_arm(given, "retrieved, as long", 1000, 1)
     plans = {name: tagsdc.plan_phases(args) for name, args in runs.items()}
     steps = {name: [(phase.name, phase.steps) for phase in plan] for name, plan in plans.items()}
-    assert steps["seed0-1000/warmup"] == [("warmup", 100)]
+    assert steps["seed0-1000/warmup"] == [("warmup", 80), ("warmup", 20)]
     assert steps["seed1-1000/TAGS-DC"] == [("dc", 30)]
     assert steps["seed1-1000/retrieved-as-long"] == [("dc", 135)]  # 9 seconds against 2
     assert runs["seed1-1000/TAGS"].init == str(given.out / "seed1-1000/warmup/best.pt")
