@@ -1442,7 +1442,10 @@ def make_model(args, data, source, state):
     feature_size = data.regions.feature_size
     if source is None:
         sizes = {"vocab_size": vocab_size, "feature_size": feature_size}
-        return TagsDC(Config.preset(args.size or "tiny", dropout=args.dropout, **sizes))
+        config = Config.preset(args.size or "tiny", dropout=args.dropout, **sizes)
+        if args.max_text > config.max_positions:
+            raise InputError(f"--max-text {args.max_text}: this size has {config.max_positions}")
+        return TagsDC(config)
     with datasets.one_line_errors(source, "weights, vocab.txt and features must belong together"):
         if "bert" in state:
             config = Config.from_bert(state["bert"], feature_size, args.dropout, vocab_size)

@@ -260,6 +260,28 @@ def test_what_the_log_shows_has_no_gradient_and_the_loss_has(step):
     assert all(value.shape == () for value in values.values())
 
 
+def test_replaced_words_are_all_taken_with_their_labels():
+    B, H, T, D = 2, 3, 6, 4
+    words = torch.randn(B, H, T, D)
+    masked = torch.full((B, 2, T), -1)
+    masked[0, 0, 1:4] = 5  # three words of a masking at most
+    labels = torch.full((B, H, T), -1)
+    labels[0, 0, [1, 3]] = torch.tensor([7, 8])
+    labels[1, 2, 5] = 9
+    taken, found = tagsdc.replaced_words(words, labels, masked)
+    assert taken.shape == (B, H, 3, D) and found.shape == (B, H, 3)
+    pairs = {
+        (label.item(), *word.tolist())
+        for label, word in zip(found.flatten(), taken.flatten(0, 2))
+        if label >= 0
+    }
+    expected = {
+        (labels[where].item(), *words[where].tolist())
+        for where in ((0, 0, 1), (0, 0, 3), (1, 2, 5))
+    }
+    assert pairs == expected
+
+
 def test_nothing_waits_for_a_device(step):
     """Tensors of the device "meta" have no numbers: to ask for one, as would halt a GPU, is an
     error."""

@@ -355,6 +355,42 @@ def test_what_would_change_a_run_is_refused_when_it_goes_on(options, words, worl
     assert code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_batch_is_drawn_by_its_number_alone(world, tmp_path, no_report, monkeypatch):
+    """Whatever was drawn before it, as for a batch that was never learnt."""
+    draw = tagsdc.Trainer.draw_batch
+
+    def draw_others_too(self, phase, number):
+        draw(self, phase, (*number[:4], 99))
+        return draw(self, phase, number)
+
+    shape = "--phases dc=1 --steps 4 --log-every 1 --dropout 0.1".split()
+    rerun(tmp_path / "one", world, *shape)
+    monkeypatch.setattr(tagsdc.Trainer, "draw_batch", draw_others_too)
+    rerun(tmp_path / "two", world, *shape)
+    one, two = ([row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two"))
+    assert one == two and len(set(one)) == 4
+
+
+def test_the_best_weights_are_written_again_if_the_break_came_before_them(
+    world, tmp_path, monkeypatch, no_report
+):
+    """last.pt comes first: it knows of the best validation, best.pt follows."""
+    out = share_data(tmp_path / "cut", world)
+    save = tagsdc.Trainer.save
+
+    def cut(self, name):
+        if name == "best.pt" and self.progress.phase == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tagsdc.Trainer, "save", cut)
+        assert tagsdc.main([*SMALL, "--out", str(out)]) == 143
+    assert torch.load(out / "best.pt", weights_only=True)["progress"]["phase"] == 1
+    assert tagsdc.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
+    assert all(torch.equal(weights(out)[key], value) for key, value in weights(world).items())
+
+
 # ---- numbers that go wrong ---------------------------------------------------------------------
 
 
@@ -389,6 +425,49 @@ def test_twenty_such_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, ca
     code = rerun(tmp_path / "run", world, "--phases", "warmup=1", "--steps", "40")
     error = capsys.readouterr().err
     assert code == 2 and "step 20" in error and "mlm" in error and "learning rate" in error
+
+
+def test_a_network_that_writes_nothing_but_nan_has_diverged(world, tmp_path, monkeypatch, capsys):
+    def diverged(*_, **__):
+        raise tagsdc.generate.NotFiniteError("fill gave NaN")
+
+    monkeypatch.setattr(tagsdc, "tailored_step", diverged)
+    assert rerun(tmp_path / "run", world, "--phases", "tags=1") == 2
+    error = capsys.readouterr().err
+    assert "diverged at step 1 of tags" in error and len(error.strip().splitlines()) == 1
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with tagsdc.only_run_in(tmp_path):
+        assert "no locks here" in capsys.readouterr().out
+
+
+def test_correction_begins_as_the_masked_lm_that_was_tuned(world, tmp_path, monkeypatch, no_report):
+    """At the first phase that has it, and not once more when a later run goes on from there."""
+    begun = []
+    begin_phase = tagsdc.Trainer.begin_phase
+
+    def record(self):
+        before = self.model.correction.bias.clone()
+        begin_phase(self)
+        copied = torch.equal(self.model.correction.bias, self.model.mlm.bias)
+        begun.append(
+            (self.plan[self.progress.phase].part, copied, before.equal(self.model.mlm.bias))
+        )
+
+    monkeypatch.setattr(tagsdc.Trainer, "begin_phase", record)
+    rerun(tmp_path / "one", world)
+    assert [part for part, copied, _ in begun if copied] == ["words", "dc"]  # words: both are 0
+    assert begun[-1] == ("dc", True, False)
+    del begun[:]
+    rerun(tmp_path / "two", world, "--init", str(tmp_path / "one" / "best.pt"), "--phases", "dc=1")
+    assert begun == [("dc", False, False)]
 
 
 def test_collapse_and_empty_negatives_are_told_once(
@@ -566,6 +645,46 @@ def test_official_weights_start_a_run(world, tmp_path):
     assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
 
 
+def test_official_weights_are_evaluated(world, tmp_path, capsys):
+    """With the vocabulary beside the data; here that of the scenes, which are drawn anew."""
+    state = torch.load(world / "best.pt", weights_only=True)
+    network = tagsdc.TagsDC(tagsdc.Config(**state["config"] | {"heads": 2}))  # 64 wide, as UNITER
+    network.load_state_dict(state["model"])
+    official = network.export_uniter()
+    torch.save({k: v for k, v in official.items() if not k.startswith("disc")}, tmp_path / "u.pt")
+    share_data(tmp_path / "out", world)
+    options = ["--eval", str(tmp_path / "u.pt"), "--scenes", "30", "5", "8", "--dtype", "float32"]
+    assert tagsdc.main([*options, "--analyse-images", "4", "--out", str(tmp_path / "out")]) == 0
+    assert "disc_output.weight at random" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["test"]["rsum"] > 0
+
+
+def test_a_part_of_the_test_split_is_reported_as_such_or_none(world, tmp_path, capsys):
+    evaluation = ["--eval", str(world / "best.pt"), "--out", str(tmp_path / "part")]
+    assert tagsdc.main([*evaluation, "--test-images", "3"]) == 0
+    assert "only the first 3 of 8 images" in capsys.readouterr().out
+    assert rerun(tmp_path / "none", world, "--test-images", "0", "--phases", "tags=1") == 0
+    assert metrics(tmp_path / "none")["test"] == {}
+    assert not (tmp_path / "none" / "negatives.png").exists()
+
+
+def test_scores_that_are_kept_are_not_worked_out_again(world, tmp_path, monkeypatch, capsys):
+    evaluation = ["--eval", str(world / "best.pt"), "--save-scores", "--out", str(tmp_path)]
+    assert tagsdc.main(evaluation) == 0
+    first = json.loads((tmp_path / "eval.json").read_text())["test"]
+    scored = []
+    score_pairs = tagsdc.TagsDC.score_pairs
+
+    def record(self, texts, text_index, *rest):
+        scored.append(len(text_index))
+        return score_pairs(self, texts, text_index, *rest)
+
+    monkeypatch.setattr(tagsdc.TagsDC, "score_pairs", record)
+    assert tagsdc.main(evaluation) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["test"] == first
+    assert 40 * 8 not in scored, "all captions with all images"
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 
@@ -582,12 +701,18 @@ BAD = [
     ("--steps 0", "--steps"),
     ("--lr nan", "--lr"),
     ("--dropout 1", "--dropout"),
-    ("--words-first 2", "--words-first"),
-    ("--mask-probability 1.5", "--mask-probability"),
+    ("--truth-threshold 1.5", "--truth-threshold"),
     ("--temperature 0", "--temperature"),
     (f"--seed {10**30}", "--seed"),
     ("--phases warmup", "--phases"),
     ("--phases tags=0.0", "above 0"),
+    ("--phases tags=1 tags=3", "name each phase once"),
+    ("--phases warmup=1 tags=1 dc=1 --steps 2", "leave none for"),
+    ("--quick --recipe paper", "--quick and --recipe"),
+    ("--checkpoint {best} --query x --image y", "exclude each other"),
+    ("--init {best} --size small", "--size small"),
+    ("--out {run} --init {best}", "lies in --out"),
+    ("--max-text 100", "--max-text"),
     ("--query x", "--checkpoint"),
     ("--checkpoint {best}", "--query"),
     ("--size huge", "--size"),
@@ -606,7 +731,9 @@ BAD = [
 
 @pytest.mark.parametrize("options, words", BAD)
 def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
-    fill_in = dict(readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt")
+    fill_in = dict(
+        readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt", run=world
+    )
     options = options.format(**fill_in).split()
     if "--data" not in options and "--eval" not in options and "--scenes" not in options:
         options += ["--scenes", "30", "5", "8"] if "--checkpoint" not in options else []
