@@ -987,7 +987,8 @@ def print_checklist(places, captions, missing):
         print("         *.tsv (bottom-up-attention, LXMERT), *.npz or data.mdb (UNITER),")
         print("         *_precomp/ (SCAN's arrays, with captions) or images/ (pictures)")
     for folder, count in Counter(os.path.dirname(image.path) for image in missing).most_common(5):
-        print(f"         {count:,} of these images are listed in the folder {folder or '(none)'}")
+        if folder:
+            print(f"         {count:,} of them have the folder {folder} in the JSON")
     vocabulary = places.root / "vocab.txt"
     state = "found  " if vocabulary.is_file() else "missing"
     print(f"{state}  vocabulary: {vocabulary}, needed for published weights only")
