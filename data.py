@@ -8,6 +8,7 @@ Every mask: True = real. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
 import base64
 import contextlib
 import gc
+import gzip
 import io
 import itertools
 import json
@@ -435,9 +436,11 @@ class Data:
 
 
 # ---- published features ------------------------------------------------------------------------
-# A form is a line in FORMS and a generator. That takes files {path from the searched folder: path}
-# and sizes {image_key: (width, height)} from the captions' JSON, and yields for each image (name,
-# where, read): where is for error messages, read() gives the arguments of check_regions.
+# A form is a line in FORMS and two functions. The reader takes files, {path from the searched
+# folder: path}, and sizes, {image_key: (width, height)} from the captions' JSON, and yields for
+# each image (name, where, read): where is for error messages, read() gives the arguments of
+# check_regions. list_names(name, path) says which images a file has without reading them, so that
+# what is missing is known before anything is converted.
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the box of the whole picture
 CELLS = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
@@ -492,18 +495,31 @@ def check_array(name, array, shape):
 def read_tsv(files, sizes):
     """Bottom-up-attention's files or LXMERT's: a row an image, boxes in pixels, maybe a header."""
     for path in files.values():
-        header = None
-        with open(path, "rb") as file:
-            lines = iter(partial(file.readline, LARGEST), b"")
-            for number, line in enumerate(lines, 1):
-                fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-                if "features" in fields:
-                    header = [re.sub("^(image|img)_", "", field.strip()) for field in fields]
-                elif fields != [""]:
-                    columns = header or TSV_COLUMNS.get(len(fields), ["id"])
-                    name = dict(zip(columns, fields)).get("id", "?")
-                    where = f"{path} row {number} (image {name[:60]})"
-                    yield image_key(name), where, partial(read_tsv_row, columns, fields)
+        for number, columns, fields in tsv_rows(path):
+            name = dict(zip(columns, fields)).get("id", "?")
+            where = f"{path} row {number} (image {name[:60]})"
+            yield image_key(name), where, partial(read_tsv_row, columns, fields)
+
+
+def tsv_rows(path):
+    """Yields for each row its number, the columns by a header or by how many they are, the fields
+    of text."""
+    header = None
+    open_file = gzip.open if path.lower().endswith(".gz") else open
+    with one_line_errors(path, "unpack or copy it again"), open_file(path, "rb") as file:
+        lines = iter(partial(file.readline, LARGEST), b"")
+        for number, line in enumerate(lines, 1):
+            fields = line.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+            if "features" in fields:
+                header = [re.sub("^(image|img)_", "", field.strip()) for field in fields]
+            elif fields != [""]:
+                yield number, header or TSV_COLUMNS.get(len(fields), ["id"]), fields
+
+
+def list_first_rows(name, path):
+    """The first images of a TSV of features: to list them all is to read it all."""
+    rows = itertools.islice(tsv_rows(path), 5)
+    return [dict(zip(columns, fields)).get("id", "") for _, columns, fields in rows if columns[1:]]
 
 
 def read_tsv_row(columns, fields):
@@ -527,13 +543,29 @@ def read_each(read_image, files, sizes):
         yield name, path, partial(read_image, path, sizes.get(image_key(name)))
 
 
+def list_one(name, path):
+    """The image of a file that holds one."""
+    return [name]
+
+
+def check_archive(archive):
+    """ValueError unless a zip file is packed in a way of numpy's, and unpacks to little."""
+    members = archive.infolist()
+    if not {member.compress_type for member in members} <= {
+        zipfile.ZIP_STORED,
+        zipfile.ZIP_DEFLATED,
+    }:
+        raise ValueError("is packed in a way that numpy does not use")
+    if sum(member.file_size for member in members) > LARGEST:
+        raise ValueError(f"unpacks to more than {LARGEST:,} bytes")
+
+
 def read_npz(file, size):
     """file: a path or an open file. size: (width, height) by the captions' JSON, or None."""
     row = {}
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        if sum(member.file_size for member in archive.infolist()) > LARGEST:
-            raise ValueError(f"unpacks to more than {LARGEST:,} bytes")
+        check_archive(archive)
         for name in NPZ_NAMES.keys() & names:
             row[NPZ_NAMES[name]] = np.load(archive.open(f"{name}.npy"))
     boxes = row.get("norm_bb", row.get("bbox"))
@@ -555,27 +587,49 @@ def read_arrays(files, sizes):
     """SCAN's *_ims.npy (images, regions, features), whose regions get the whole picture's box."""
     for path in files.values():
         names, array = open_array(path)
-        boxes = WHOLE.repeat(array.shape[1], 0)
         for i, name in enumerate(names):
-            yield name, f"{path} image {i}", partial(dict, features=array[i], boxes=boxes)
+            yield name, f"{path} image {i}", partial(read_array_image, path, array, i)
+
+
+def read_array_image(path, array, i):
+    """One image, not by way of the map: its pages would count as memory of ours, 33 GB for COCO."""
+    start = array.offset + i * array.strides[0]
+    features = np.fromfile(path, array.dtype, array[i].size, offset=start)
+    features = features.reshape(array.shape[1:])
+    return {"features": features, "boxes": WHOLE.repeat(len(features), 0)}
 
 
 def open_array(path):
-    """A *_ims.npy -> the names of its images, by *_names.txt or by number, and the array."""
+    """A *_ims.npy -> the names of its images, by *_names.txt or by number, and the array, mapped
+    into memory. VSE++'s have each image five times, once for each of its captions."""
     names_file = Path(path.replace("_ims.npy", "_names.txt"))
+    captions_file = Path(path.replace("_ims.npy", "_caps.txt"))
     with one_line_errors(path, "save it again as a plain array (images, regions, features)"):
         array = np.lib.format.open_memmap(path, mode="r")
-        names = [f"{Path(path).stem}_{i:06d}" for i in range(len(array))]
+        if not array.flags.c_contiguous:
+            raise ValueError("its numbers are in Fortran's order")
+        rows = len(array)
+        names = [f"{Path(path).stem}_{i:06d}" for i in range(rows)]
         names = read_lines(names_file) if names_file.exists() else names
+        if captions_file.exists() and len(read_lines(captions_file)) == rows:
+            if rows % 5 or not np.array_equal(array[0], array[4]):
+                raise ValueError(f"{rows} images for {rows} captions; an image should have five")
+            array = array[::5]
+            names = names[::5] if len(names) == rows else names
         if len(names) != len(array):
             raise ValueError(f"{len(array)} images, but {len(names)} names in {names_file.name}")
     return names, array
 
 
+def list_array(name, path):
+    """The images of a *_ims.npy."""
+    return open_array(path)[0]
+
+
 def read_picture(path, size):
     """A picture, turned as its camera says, 16 bits of grey brought to 8, what is transparent white
     -> features and boxes of the whole and of 4 x 4 cells, which stand for a detector's."""
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
             grey = np.asarray(picture).astype(np.float32) / 257
@@ -707,6 +761,13 @@ def read_uniter(files, sizes):
                 yield name, f"{path} key {name[:60]}", read
 
 
+def list_database(name, path):
+    """The images of a database; one of texts has none."""
+    if Path(path).with_name("id2len.json").exists():
+        return []
+    return [key.decode(errors="replace") for key, _ in read_lmdb(path) if key != b"__keys__"]
+
+
 def read_uniter_image(value, count):
     """The npz or msgpack of one image. count: of its regions; None: as check_regions finds it."""
     if value[:2] == b"PK":
@@ -722,83 +783,251 @@ def read_uniter_image(value, count):
     return {"features": image["features"][:count], "boxes": image["boxes"][:count], "count": count}
 
 
-Form = namedtuple("Form", "name endings reader")
-FORMS = [  # of all that lies in a folder, the first form of this list is taken
-    Form("tsv", (".tsv",), read_tsv),
-    Form("npz", (".npz",), partial(read_each, read_npz)),
-    Form("uniter", ("data.mdb",), read_uniter),
-    Form("arrays", ("_ims.npy",), read_arrays),
-    Form("pictures", (".jpg", ".jpeg", ".png", ".webp"), partial(read_each, read_picture)),
+Form = namedtuple("Form", "name ending reader list_names lists_all")
+PICTURE_ENDING = r"\.(jpe?g|png|webp|gif|bmp|tiff?)$"
+FORMS = [  # of all that lies in a folder, the first form of this list that has our images is taken
+    Form("tsv", r"\.tsv(\.\d+|\.gz)?$", read_tsv, list_first_rows, False),
+    Form("npz", r"\.npz$", partial(read_each, read_npz), list_one, True),
+    Form("uniter", r"data\.mdb$", read_uniter, list_database, True),
+    Form("arrays", r"_ims\.npy$", read_arrays, list_array, True),
+    Form("pictures", PICTURE_ENDING, partial(read_each, read_picture), list_one, True),
 ]
 
 
-# ---- a published data set ----------------------------------------------------------------------
+# ---- a published data set: which files -----------------------------------------------------------
 
-NOTHING = (
-    "expected are dataset_coco.json or dataset_flickr30k.json (Karpathy's caption_datasets.zip) "
-    "and one of *.tsv (bottom-up-attention, LXMERT), *.npz or data.mdb (UNITER), *_precomp/ (SCAN; "
-    "needs no JSON), images/ (pictures). The smallest that does: the JSON and images/"
+NEEDED = (
+    "needed are captions, dataset_coco.json or dataset_flickr30k.json of Karpathy's "
+    "caption_datasets.zip, and region features: *.tsv (bottom-up-attention, LXMERT), *.npz or "
+    "data.mdb (UNITER), *_precomp/ (SCAN, whose captions need no JSON) or images/ (pictures); the "
+    "smallest set that works is the JSON and images/"
 )
 KARPATHY = 'Karpathy\'s form is {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
-PHRASES = 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
 SKIP = "mend it, or pass --skip-bad to leave it out"
-SPLITS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val", "testall": "test"}
 
 PREFIX = re.compile(r"((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?")
-ENDING = re.compile(r"(\.(jpe?g|png|webp|np[yz]))*$")
+ENDING = re.compile(r"(\.(jpe?g|png|webp|gif|bmp|tiff?|np[yz]))*$")
 # Files and folders that are no data of the user's: programs, tests, our own runs and pictures.
-ASIDE = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
+NOT_DATA = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
 PICTURES = r"(images|\w20\d\d)/"  # folders whose pictures are data
+DATA_SET = re.compile(r"(?<![a-z0-9])(?:ms)?(coco|flickr30k|f30k|flickr8k|f8k)(?![a-z])")
+ALIASES = {"f30k": "flickr30k", "f8k": "flickr8k"}
 
-# path: with its folder. key: its image_key. where: for error messages.
-CaptionedImage = namedtuple("CaptionedImage", "where split name path key size captions")
+# Where to look. root: folder of the captions and vocab.txt. features: folder or file of the region
+# features. by_user: True if the user named that, and did not leave it to be root.
+Places = namedtuple("Places", "root features by_user")
+# source: path of the JSON. data_set: see data_set_of. by_path: True if the user named the path.
+Captions = namedtuple("Captions", "source images data_set by_path")
+# files: {path from the searched folder: path}. names: {path from there: names of its images}.
+Features = namedtuple("Features", "form files names")
 
 
 def image_key(name):
     """What the names of one picture share: COCO_val2014_000000391895.jpg, 391895.npz -> 391895."""
     stem = str(name)[-300:].lower().replace("\\", "/").rpartition("/")[2]
     stem = stem[PREFIX.match(stem).end() : ENDING.search(stem).start()]
-    return (stem.lstrip("0") or "0") if stem.isdecimal() else stem
+    return (stem.lstrip("0") or "0") if stem.isdecimal() else unicodedata.normalize("NFC", stem)
 
 
-def find_features(place, anywhere):
-    """The first of FORMS that lies in a folder (or is the file `place`) -> (form, {name: path}).
-    Pictures count in a folder *images or *train2014 and the like only, unless anywhere is set."""
-    files = list_files(place)
-    for form in FORMS:
-        found = {name: path for name, path in files.items() if name.lower().endswith(form.endings)}
-        for name in list(found):
-            if form.name == "pictures" and not (anywhere or re.search(PICTURES, name)):
-                del found[name]
-            if name.endswith("testall_ims.npy"):  # of which test is a part
-                found.pop(name.replace("testall", "test"), None)
-        if found:
-            return form, found
-    raise InputError(f"{place}: no region features here; {NOTHING}")
+def data_set_of(path):
+    """The published data set that a path names, "coco", "flickr30k" or "flickr8k"; "" for none.
+    Of several that of the innermost folder, or of the file, counts."""
+    found = DATA_SET.findall(str(path).lower())
+    return ALIASES.get(found[-1], found[-1]) if found else ""
 
 
 def list_files(place):
-    """The files below a folder that may be data -> {path from there: path}, sorted."""
+    """The files below a folder that may be data (or the file `place`) -> {path from there: path},
+    sorted. A folder that several links lead to counts once."""
     files = {os.path.basename(place): str(place)} if os.path.isfile(place) else {}
-    for folder, inner, names in os.walk(place, followlinks=True):
-        inner[:] = [name for name in inner if not ASIDE.fullmatch(name)]
-        for name in names:
-            path = os.path.join(folder, name)
-            if not ASIDE.fullmatch(name) and os.path.isfile(path):
-                files[path[len(str(place)) + 1 :].replace(os.sep, "/")] = path
+    walked = set()
+    starts = [str(place)]
+    for start in starts:  # grows by the links to folders, which are followed after all real ones
+        for folder, inner, names in os.walk(start):
+            real = os.path.realpath(folder)
+            if real in walked:
+                inner.clear()
+                continue
+            walked.add(real)
+            inner[:] = [name for name in inner if not NOT_DATA.fullmatch(name)]
+            names = [name for name in names if not NOT_DATA.fullmatch(name)]
+            starts += filter(os.path.islink, [os.path.join(folder, name) for name in inner])
+            for path in filter(os.path.isfile, [os.path.join(folder, name) for name in names]):
+                relative = path[len(str(place)) + 1 :].replace(os.sep, "/")
+                files[unicodedata.normalize("NFC", relative)] = path
     return dict(sorted(files.items()))
 
 
-def find_captions(name, root, place, form, files):
-    """Captions in Karpathy's form: of SCAN's arrays, else of his JSON, which is `name` itself or
-    lies in root, best as dataset_NAME.json -> where they come from, the content."""
-    if form.name == "arrays":
-        return place, read_scan_captions(files.values())
-    path = Path(name)
-    if path.suffix.lower() != ".json":
-        found = sorted(root.glob("dataset_*.json"), key=lambda path: path.stem != f"dataset_{name}")
-        path = found[0] if found else root / f"dataset_{name}.json"
-    return path, read_json(path, KARPATHY)
+def features_in(places, data_set):
+    """Yields the Features of each form that lies in places.features, without those of another
+    data set, if any are left then."""
+    files = list_files(places.features)
+    ours = {name: path for name, path in files.items() if data_set_of(name) in ("", data_set)}
+    files = ours if data_set and ours else files
+    for form in FORMS:
+        found = files_of_form(form, files, places.by_user)
+        if found:
+            names = {name: form.list_names(name, path) for name, path in found.items()}
+            yield Features(form, found, names)
+
+
+def files_of_form(form, files, anywhere):
+    """Those of the files {path from a folder: path} that are of a form. Pictures count only in a
+    folder *images or *train2014 and the like, unless anywhere is set."""
+    found = {name: path for name, path in files.items() if re.search(form.ending, name.lower())}
+    if form.name == "pictures" and not anywhere:
+        found = {name: path for name, path in found.items() if re.search(PICTURES, name)}
+    for name in list(found):
+        if name.endswith("testall_ims.npy"):  # of which test is a part
+            found.pop(name.replace("testall", "test"), None)
+    return found
+
+
+def choose_features(places, captions):
+    """The first Features that have half of the images with captions, or else most of them; None if
+    there are none."""
+    best = None
+    most = -1
+    for features in features_in(places, captions.data_set):
+        if features.form.name == "arrays" and not captions.by_path:  # with captions of their own
+            return features
+        counts = count_captioned(features.names, captions)
+        count = sum(counts.values())
+        if count and (not features.form.lists_all or 2 * count >= len(captions.images)):
+            return only_databases(features, counts)
+        if count > most and (count or not features.form.lists_all):
+            best = only_databases(features, counts)
+            most = count
+    return best
+
+
+def count_captioned(names, captions):
+    """{file: names of its images} -> {file: how many of them have captions}."""
+    keys = {image.key for image in captions.images}
+    counts = {}
+    for file, images in names.items():
+        counts[file] = sum(image_key(name) in keys for name in images if may_be_of(name, captions))
+    return counts
+
+
+def only_databases(features, counts):
+    """Of UNITER's form the files with captioned images alone: others have texts, or pictures of
+    other data sets. counts: {file: how many}."""
+    form, files, names = features
+    if form.name != "uniter":
+        return features
+    names = {file: names[file] for file in names if counts[file]}
+    return Features(form, {file: files[file] for file in names}, names)
+
+
+def may_be_of(name, captions):
+    """Whether an image's name does not tell that it belongs to another data set."""
+    named = data_set_of(name)
+    return named == captions.data_set or not (named and captions.data_set)
+
+
+def load_captions(name, root, left_out):
+    """The JSON that `name` is the path of, or dataset_NAME.json in root -> Captions; without an
+    image if the latter is not there."""
+    by_path = Path(name).suffix.lower() == ".json"
+    path = Path(name) if by_path else root / f"dataset_{name}.json"
+    data_set = data_set_of(Path(name).stem)
+    if path.is_file():
+        content = read_json(path, KARPATHY)
+        images = read_captions(path, content, left_out)
+        return Captions(path, images, data_set or data_set_of(content.get("dataset")), by_path)
+    if by_path:
+        raise InputError(f"{path}: no such file; {KARPATHY}")
+    if Path(name).suffix or Path(name).name != str(name):
+        expected = "coco, flickr30k or the path of a JSON is expected"
+        raise InputError(f"{name}: {expected}; {KARPATHY}")
+    return Captions(path, [], data_set, by_path)
+
+
+def check_complete(places, captions, features):
+    """InputError, and on stdout a checklist, unless there are captions and features."""
+    if captions.images and features:
+        return
+    print_checklist(places, captions, captions.images)
+    faults = []
+    if not captions.images:
+        there = [path.stem[8:] for path in sorted(places.root.glob("dataset_*.json"))]
+        faults.append(f"{captions.source}: no such file")
+        if there:
+            faults.append(f"there are captions for --data {' or '.join(there)}")
+    if not features and not [*count_features(places, captions)]:
+        faults.append(no_features(places.features, captions))
+    raise InputError(f"{'; '.join(faults)}; {NEEDED}")
+
+
+def no_features(place, captions):
+    """Says which files lie there instead."""
+    endings = Counter(os.path.splitext(name)[1].lower() for name in list_files(place))
+    found = [f"{times:,} {ending or 'without'}" for ending, times in endings.most_common(5)]
+    found = ", ".join(found) or "none"
+    whose = f" for {captions.images[0].path} and the others" if captions.images else ""
+    advice = "if they lie elsewhere, point --features at them"
+    return f"{place}: no region features{whose} here (file endings: {found}); {advice}"
+
+
+def print_checklist(places, captions, missing):
+    """Prints what a data set needs: what of it is there, and what is missing and goes where.
+    missing: the images with captions that have no features."""
+    if captions.images:
+        print(f"found    captions: {captions.source}, {count_splits(captions.images)}")
+    else:
+        print(f"missing  captions: {captions.source}, of Karpathy's caption_datasets.zip")
+    counts = [*count_features(places, captions)]
+    for form, folder, count in counts:
+        amount = f"{count:,} images" if form.lists_all else "images are counted when they are read"
+        print(f"found    regions: {places.features / folder} ({form.name}), {amount}")
+    if missing or not counts:
+        what = count_splits(missing) or "all images"
+        print(f"missing  regions: of {what}; put into {places.features}")
+        print("         *.tsv (bottom-up-attention, LXMERT), *.npz or data.mdb (UNITER),")
+        print("         *_precomp/ (SCAN's arrays, with captions) or images/ (pictures)")
+    for folder, count in Counter(os.path.dirname(image.path) for image in missing).most_common(5):
+        if folder:
+            print(f"         {count:,} of them have the folder {folder} in the JSON")
+    vocabulary = places.root / "vocab.txt"
+    state = "found  " if vocabulary.is_file() else "missing"
+    print(f"{state}  vocabulary: {vocabulary}, needed for published weights only")
+
+
+def count_features(places, captions):
+    """Yields (form, folder, number of images) of all features in a place."""
+    keys = {image.key for image in captions.images}
+    for form, _, names in features_in(places, captions.data_set):
+        folders = Counter()
+        for file, images in names.items():
+            if form.name == "pictures":
+                images = [image for image in images if may_have_captions(image, keys)]
+            folders[os.path.dirname(file) or "."] += len(images)
+        for folder, count in folders.most_common(10):
+            if count or not form.lists_all:
+                yield form, folder, count
+
+
+def may_have_captions(picture, keys):
+    """keys: the image_key of those that have; of none the names are numbers, as in COCO."""
+    key = image_key(picture)
+    return key in keys if keys else key.isdecimal()
+
+
+def count_splits(images):
+    """Counts for messages: "train 113,287, val 5,000, test 5,000 images"; "" for none."""
+    times = Counter(image.split for image in images)
+    counts = [f"{name} {times[name]:,}" for name in ("train", "val", "test") if times[name]]
+    return f"{', '.join(counts)} images" if counts else ""
+
+
+# ---- a published data set: its captions, regions and words ---------------------------------------
+
+PHRASES = 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+SPLITS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val", "testall": "test"}
+JSON_KINDS = {str: "a text", list: "a list"}
+# path: with its folder. key: its image_key. where: for error messages. further: see Split.
+CaptionedImage = namedtuple("CaptionedImage", "where split name path key size captions further")
 
 
 def read_scan_captions(paths):
@@ -818,38 +1047,80 @@ def read_scan_captions(paths):
 
 
 def read_captions(path, content, left_out):
-    """Karpathy's form, which came from a path -> [CaptionedImage], of at most five captions."""
+    """Karpathy's form, which came from a path -> [CaptionedImage]."""
     with one_line_errors(path, KARPATHY):
-        if "annotations" in content:
+        if isinstance(content, dict) and "annotations" in content:
             raise ValueError("this is COCO's own annotation file, which has no splits")
-        entries = content["images"][:]  # of a list
+        entries = json_field(content, "images", list)
+        if not entries:
+            raise ValueError("no image is listed")
     images = []
-    for i, image in enumerate(entries):
+    entry_of = {}  # path of a picture -> number of its entry
+    for i, entry in enumerate(entries):
         where = f"{path} image {i}"
         with one_line_errors(where, SKIP, left_out):
-            name = str(image["filename"] if "filename" in image else image["cocoid"])
-            file = f"{image.get('filepath') or ''}/{name}".replace("\\", "/").lstrip("/")
-            split = SPLITS.get(image["split"].lower(), image["split"].lower())
-            if split not in ("train", "val", "test"):
-                raise ValueError(f"split {split!r}; known: train, val, test, {', '.join(SPLITS)}")
-            captions = []
-            for sentence in image["sentences"][:5]:
-                text = " ".join(sentence["raw"].split())
-                captions.append(text if text.isprintable() or split_words(text) else "")
-            if not captions or "" in captions:
-                raise ValueError(f"{name} has no caption, or an empty one, in its sentences")
-            size = (image.get("width"), image.get("height"))
-            key = image_key(name)
-            images.append(CaptionedImage(where, split, name, file, key, size, captions))
+            image = read_captioned_image(where, entry)
+            if image.path in entry_of:
+                first = entry_of[image.path]
+                raise ValueError(f"{image.path} is listed twice, first as image {first}")
+            entry_of[image.path] = i
+            images.append(image)
     return images
 
 
-def load_regions(form, files, images, place, skip_bad, store, elsewhere):
+def read_captioned_image(where, entry):
+    """One entry of Karpathy's JSON -> CaptionedImage. Training takes all captions, val and test
+    five."""
+    split = json_field(entry, "split", str).lower()
+    split = SPLITS.get(split, split)
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r}; known: train, val, test, {', '.join(SPLITS)}")
+    name = entry.get("filename", entry.get("cocoid"))
+    if name is None:
+        raise ValueError("lacks 'filename'")
+    path = f"{entry.get('filepath') or ''}/{name}".replace("\\", "/").lstrip("/")
+    captions = []
+    for sentence in json_field(entry, "sentences", list):
+        text = " ".join(json_field(sentence, "raw", str).split())
+        captions.append(text if text.isprintable() or split_words(text) else "")
+    if not captions or "" in captions:
+        raise ValueError(f"{name} has no caption, or an empty one, in its sentences")
+    taken = len(captions) if split == "train" else 5
+    return CaptionedImage(
+        where=where,
+        split=split,
+        name=str(name),
+        path=unicodedata.normalize("NFC", path),
+        key=image_key(name),
+        size=(entry.get("width"), entry.get("height")),
+        captions=captions[:taken],
+        further=captions[taken:],
+    )
+
+
+def json_field(entry, name, kind):
+    """entry[name] of a JSON object. ValueError if it is missing or of another kind."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{json.dumps(entry)[:60]} is no object with a field {name!r}")
+    if name not in entry:
+        raise ValueError(f"lacks {name!r}")
+    if not isinstance(entry[name], kind):
+        found = json.dumps(entry[name])[:60]
+        raise ValueError(f"{name!r} is {found}; {JSON_KINDS[kind]} is expected")
+    return entry[name]
+
+
+def load_regions(places, captions, features, skip_bad, store, elsewhere):
     """The region store of these files, made first unless one of the same files is there."""
+    form, files, names_in = features
     left_out = [] if skip_bad else None
-    times = Counter(image.key for image in images)
-    known = [image for image in images if None not in image.size and times[image.key] == 1]
-    sizes = {image.key: image.size for image in known}
+    sizes = known_sizes(captions.images)
+    names_listed = [name for names in names_in.values() for name in names]
+
+    def convert():
+        if form.lists_all:
+            match_all(places, captions, names_listed, [] if skip_bad else None)
+        return usable_regions()
 
     def usable_regions():
         """What the reader finds and is right; of one name the first."""
@@ -865,48 +1136,70 @@ def load_regions(form, files, images, place, skip_bad, store, elsewhere):
                     yield name, features, boxes
                     names.add(name)
         if not names:
-            raise InputError(f"{place}: not one usable image; left out: {left_out and left_out[0]}")
+            first = left_out and left_out[0]
+            raise InputError(f"{places.features}: not one usable image; left out: {first}")
 
     stats = [(os.path.getsize(path), os.path.getmtime(path)) for path in files.values()]
     if form.name == "arrays":  # the names of the images may lie beside them
-        stats += [open_array(path)[0] for path in files.values()]
-    source = [form.name, os.path.abspath(place), list(files), stats, sizes]
-    regions = open_regions(store, source, usable_regions, left_out, elsewhere)
+        stats += names_in.values()
+    source = [form.name, os.path.abspath(places.features), list(files), stats, sizes]
+    total = len(names_listed) if form.lists_all else len(captions.images)
+    regions = open_regions(store, source, convert, left_out, elsewhere, total)
     if regions.left_out and not skip_bad:
         raise InputError(f"{regions.left_out[0]}; {SKIP}")
     return regions
 
 
-def make_splits(images, names, place, phrases, left_out):
-    """Finds for each image with captions its row in the store -> {split: Split}. Where base names
-    (image_key) are not unique, the folders must agree. phrases: see read_phrases."""
-    rows_of = {}  # image_key -> rows in the store
-    for row, name in enumerate(names):
-        rows_of.setdefault(image_key(name), []).append(row)
+def known_sizes(images):
+    """{image_key: (width, height)} of the images whose key no other has."""
     times = Counter(image.key for image in images)
+    known = [image for image in images if None not in image.size and times[image.key] == 1]
+    return {image.key: image.size for image in known}
+
+
+def match_images(captions, names, left_out):
+    """Finds for each image with captions its features among images of these names -> [(image,
+    number in names)], and the images that have none. Where base names (image_key) are not unique,
+    the folders must agree."""
+    rows_of = {}  # image_key -> numbers in names
+    for row, name in enumerate(names):
+        if may_be_of(name, captions):
+            rows_of.setdefault(image_key(name), []).append(row)
+    times = Counter(image.key for image in captions.images)
     used = set()
-    splits = {}
-    for image in images:
+    matched = []
+    missing = []
+    for image in captions.images:
         with one_line_errors(image.where, SKIP, left_out):
             rows = rows_of.get(image.key, [])
             if len(rows) > 1 or times[image.key] > 1:
                 rows = in_same_folder(image.path, rows, names)
-            if not rows:
-                raise ValueError(f"captions without features: no {image.path} in {place}")
-            if len(rows) > 1 or rows[0] in used:
+            if len(rows) > 1 or (rows and rows[0] in used):
                 found = " and ".join(names[row] for row in rows[:2])
                 raise ValueError(f"{found} fit twice; tell which by the folder in filename")
-            used.add(rows[0])
-            split = splits.setdefault(image.split, Split([], [], [], [], []))
-            split.image_of_caption += [len(split.images)] * len(image.captions)
-            split.images.append(image.name)
-            split.rows += rows
-            split.captions += image.captions
-            split.phrases += [phrases.get(caption) for caption in image.captions]
-    for split in splits.values():
-        split.rows = np.array(split.rows)
-        split.image_of_caption = torch.tensor(split.image_of_caption)
-    return splits
+            if rows:
+                used.add(rows[0])
+                matched.append((image, rows[0]))
+            else:
+                missing.append(image)
+    return matched, missing
+
+
+def match_all(places, captions, names, left_out):
+    """As match_images, but images without features are lines in left_out or, without such a list
+    or if no image has any, an InputError, with a checklist on stdout."""
+    matched, missing = match_images(captions, names, left_out)
+    lines = [
+        f"{image.where}: captions without features: no {image.path} in {places.features}"
+        for image in missing
+    ]
+    if missing and (left_out is None or not matched):
+        print_checklist(places, captions, missing)
+        advice = "get them, or pass --skip-bad to leave them out"
+        raise InputError(f"{lines[0]}; {count_splits(missing)} have none: {advice}")
+    if left_out is not None:
+        left_out += lines
+    return matched
 
 
 def in_same_folder(path, rows, names):
@@ -914,6 +1207,24 @@ def in_same_folder(path, rows, names):
     folder = os.path.dirname(f"/{path}").rstrip("/")
     same = [row for row in rows if f"/{names[row]}".endswith(f"/{path}")]
     return same or [row for row in rows if os.path.dirname(f"/{names[row]}").endswith(folder)]
+
+
+def make_splits(matched, phrases):
+    """[(CaptionedImage, row in the store)] -> {split: Split}. phrases: see read_phrases."""
+    splits = {}
+    for image, row in matched:
+        split = splits.setdefault(image.split, Split([], [], [], [], []))
+        if image.further:
+            split.further[len(split.images)] = image.further
+        split.image_of_caption += [len(split.images)] * len(image.captions)
+        split.images.append(image.name)
+        split.rows.append(row)
+        split.captions += image.captions
+        split.phrases += [phrases.get(caption) for caption in image.captions]
+    for split in splits.values():
+        split.rows = np.array(split.rows)
+        split.image_of_caption = torch.tensor(split.image_of_caption)
+    return splits
 
 
 def read_phrases(path):
@@ -937,19 +1248,67 @@ def read_phrases(path):
     return table
 
 
-def make_tokenizer(root, splits, tokens, notes):
-    """With the tokens of a checkpoint, of vocab.txt in root, or of the training captions."""
-    if tokens is None and (root / "vocab.txt").exists():
-        tokens = read_lines(root / "vocab.txt")
-    elif tokens is None:
+def find_tokens(root, tokens, vocab, vocab_size):
+    """The tokens of a checkpoint, of vocab.txt in root or of the file vocab; None = of none.
+    vocab_size: how many there must be; None = any number."""
+    if tokens is not None:
+        return tokens
+    found = []
+    for path in (root / "vocab.txt", vocab):
+        if path is not None and (path == vocab or path.is_file()):
+            tokens = read_lines(path)
+            if vocab_size in (None, len(tokens)):
+                return tokens
+            found.append(f"{path} has {len(tokens):,}")
+    if vocab_size is not None:
+        there = "; ".join(found) or f"there is no {root / 'vocab.txt'}"
+        advice = "put the vocab.txt there that the weights were trained with"
+        raise InputError(f"{root}: the weights know {vocab_size:,} tokens, but {there}; {advice}")
+    return None
+
+
+def make_tokenizer(root, splits, tokens, lowercase, notes):
+    """Of these tokens; None = of those of the training captions."""
+    if tokens is None:
         if "train" not in splits:
             raise InputError(f"{root}: no training captions to find words in, and no vocab.txt")
         tokens = build_vocabulary(splits["train"].captions, min_count=3)
         if len(tokens) < 100 + len(SPECIALS):
             tokens = build_vocabulary(splits["train"].captions, min_count=1)
             notes.append(f"few captions: {len(tokens)} tokens are known, rare words among them")
-    cased = any(re.match("(##)?[A-Z]", token) for token in tokens)
-    return WordPiece(tokens, lowercase=not cased)
+    if lowercase is None:
+        lowercase = not any(re.match("(##)?[A-Z]", token) for token in tokens)
+    return WordPiece(tokens, lowercase)
+
+
+def check_texts(data):
+    """Notes how much of the captions is unknown to the tokenizer or cut off. InputError if more
+    than half of a split is unknown."""
+    room = data.max_text - 2  # without [CLS] and [SEP]
+    if room < 1:
+        raise InputError(f"a text of {data.max_text} tokens has no room for a word")
+    cut = 0
+    texts_of = {}  # tokens after the cut -> the texts that become them
+    for name, split in data.splits.items():
+        total = 0
+        unknown = 0
+        for caption in split.captions:
+            ids = data.tokenizer.encode(caption)
+            total += len(ids)
+            unknown += ids.count(data.tokenizer.unk_id)
+            cut += len(ids) > room
+            if len(ids) >= room:
+                texts_of.setdefault(tuple(ids[:room]), set()).add(tuple(ids))
+        if unknown > 0.01 * total:
+            text = f"{unknown / total:.0%} of the tokens in captions of {name} are unknown"
+            data.notes.append(text)
+        if unknown > 0.5 * total:
+            vocabulary = f"the vocabulary of {len(data.tokenizer.tokens):,} tokens"
+            raise InputError(f"{data.name}: {text} to {vocabulary}; is it of another language?")
+    if cut:
+        same = sum(len(texts) for texts in texts_of.values() if len(texts) > 1)
+        text = f"{cut:,} captions are longer than {data.max_text} tokens and cut off"
+        data.notes.append(f"{text}; {same:,} captions are equal to another one then")
 
 
 def load_data(
@@ -961,37 +1320,91 @@ def load_data(
     tokens=None,
     store="data",
     elsewhere=(),
+    vocab=None,
+    vocab_size=None,
+    lowercase=None,
+    max_text=64,
+    needed=(),
 ):
-    """A published data set in whatever form lies under root -> Data. Raises InputError.
+    """A published data set in whatever form lies under root -> Data. Raises InputError; if files
+    are missing, it says so before anything is converted, with a checklist on stdout.
     name: "coco", "flickr30k", or the path of a JSON of Karpathy's form (root: its folder).
     features: file or folder of the region features, if not below root. phrases: see read_phrases.
     skip_bad: leave out what cannot be used, counted in Data.notes.
-    tokens: of a checkpoint. store, elsewhere: folders, see open_regions."""
+    tokens: of a checkpoint. store, elsewhere: folders, see open_regions.
+    vocab: path of a vocab.txt for a root without one. vocab_size: of the weights; the vocabulary
+        must have as many tokens. lowercase: of the tokenizer; None = as the tokens look.
+    max_text: see Data. needed: names of splits that must be there."""
     root = Path(root or Path(name).parent)
-    place = Path(features or root)
+    places = Places(root, Path(features or root), bool(features))
     left_out = [] if skip_bad else None
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")  # what is read is checked
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        gc.disable()  # its walks over millions of captions took three quarters of the time
-        stack.callback(gc.enable)
-        form, files = find_features(place, anywhere=bool(features))
-        source, content = find_captions(name, root, place, form, files)
-        images = read_captions(source, content, left_out)
+    with reading_much():
+        captions, found = find_data_set(name, places, left_out)
+        check_splits(captions, needed)
+        tokens = find_tokens(root, tokens, vocab, vocab_size)
         table = read_phrases(phrases) if phrases else {}
-        regions = load_regions(form, files, images, place, skip_bad, store, elsewhere)
-    splits = make_splits(images, regions.names, place, table, left_out)
-    if not splits:
-        raise InputError(f"{source}: no image has both captions and features in {place}")
-    notes = [f"captions from {source}, regions from {place} ({form.name})"]
+        regions = load_regions(places, captions, found, skip_bad, store, elsewhere)
+        matched = match_all(places, captions, regions.names, left_out)
+        splits = make_splits(matched, table)
+    notes = [f"captions from {captions.source}, regions from {places.features} ({found.form.name})"]
+    notes += note_parts(splits, phrases, regions, left_out)
+    tokenizer = make_tokenizer(root, splits, tokens, lowercase, notes)
+    data = Data(str(name), tokenizer, regions, splits, max_text, notes)
+    check_texts(data)
+    return data
+
+
+def note_parts(splits, phrases, regions, left_out):
+    """Notes which captions have given phrases, and what was left out."""
+    notes = []
     if phrases:
         known = [entry is not None for split in splits.values() for entry in split.phrases]
         notes.append(f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}")
     for what, lines in (("regions", regions.left_out), ("captions", left_out)):
         if lines:
             notes.append(f"{what}: left out {len(lines):,} images, the first: {lines[0]}")
-    tokenizer = make_tokenizer(root, splits, tokens, notes)
-    return Data(str(name), tokenizer, regions, splits, notes=notes)
+    further = sum(len(texts) for split in splits.values() for texts in split.further.values())
+    if further:
+        text = f"{further:,} captions of val and test left out, beyond the fifth of their image"
+        notes.append(f"{text}; none of them counts as false")
+    return notes
+
+
+def check_splits(captions, needed):
+    """InputError unless there is an image of each of these splits."""
+    for split in needed:
+        if all(image.split != split for image in captions.images):
+            there = count_splits(captions.images)
+            raise InputError(f"{captions.source}: no image of the {split} split, but {there}")
+
+
+@contextlib.contextmanager
+def reading_much():
+    """Without warnings, since what is read is checked, and without the garbage collector, whose
+    walks over millions of captions took three quarters of the time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+
+
+def find_data_set(name, places, left_out):
+    """The Captions and Features of a data set, read as far as names go. Raises InputError."""
+    for folder in (places.root, places.features):
+        if not folder.exists():
+            raise InputError(f"{folder}: no such file or folder; {NEEDED}")
+    captions = load_captions(name, places.root, left_out)
+    features = choose_features(places, captions)
+    if features and features.form.name == "arrays" and not captions.by_path:
+        content = read_scan_captions(features.files.values())
+        images = read_captions(places.features, content, left_out)
+        captions = captions._replace(source=places.features, images=images)
+    check_complete(places, captions, features)
+    return captions, features
 
 
 # ---- the embedded world ------------------------------------------------------------------------
@@ -1245,7 +1658,7 @@ def look(seed, splits):
             yield name, describe_crops(draw(scene), boxes), boxes
 
 
-def load_scenes(seed, sizes, store, tokens=None, elsewhere=()):
+def load_scenes(seed, sizes, store, tokens=None, elsewhere=(), max_text=64):
     """The embedded world as Data. sizes: images in train, val, test; the others as in load_data."""
     splits = {}
     for n, name in enumerate(("train", "val", "test")):
@@ -1260,9 +1673,13 @@ def load_scenes(seed, sizes, store, tokens=None, elsewhere=()):
             scenes=[scene for scene, _ in made],
         )
     source = ["scenes", WORLD, seed, *sizes]
-    regions = open_regions(store, source, lambda: look(seed, splits), elsewhere=elsewhere)
+    regions = open_regions(
+        store, source, lambda: look(seed, splits), elsewhere=elsewhere, total=sum(sizes)
+    )
     tokens = tokens or build_vocabulary(splits["train"].captions, min_count=1)
-    return Data("scenes", WordPiece(tokens, lowercase=True), regions, splits)
+    data = Data("scenes", WordPiece(tokens, lowercase=True), regions, splits, max_text)
+    check_texts(data)
+    return data
 
 
 def describe_crops(picture, boxes):

@@ -4,14 +4,17 @@ ones and on damaged ones. `python tests/test_data.py 1000` damages 1,000 files o
 import base64
 import copy
 import dataclasses
+import gzip
 import io
 import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -444,19 +447,22 @@ def flickr8k_store(tmp_path_factory):
     return tmp_path_factory.mktemp("flickr8k")
 
 
+BUTD = "butd/dataset_butd_sample.json"
+
+
 @needs_real
 @pytest.mark.parametrize(
     "name, root, features, counts, size",
     [
         ("flickr8k_subset/dataset_flickr8k_subset.json", None, None, (600, 100, 200), 1280),
         ("flickr30k", "flickr8k_precomp", None, (120, 40, 40), 1280),
-        ("coco", "butd", None, (0, 0, 7), 2048),
-        ("coco", "butd", "butd/train2014_obj36.sample.tsv", (0, 0, 7), 2048),
-        ("coco", "butd", "butd/images", (0, 0, 7), None),
+        (BUTD, None, None, (0, 0, 7), 2048),
+        (BUTD, None, "butd/train2014_obj36.sample.tsv", (0, 0, 7), 2048),
+        (BUTD, None, "butd/images", (0, 0, 7), None),
     ],
 )
 def test_every_form_is_read(tmp_path, flickr8k_store, name, root, features, counts, size):
-    store = flickr8k_store if root is None else tmp_path
+    store = tmp_path if root or name == BUTD else flickr8k_store
     name = REAL / name if root is None else name
     tokens = (
         (REAL / "vocab/bert-base-cased-vocab.txt")
@@ -490,9 +496,9 @@ def test_every_form_is_read(tmp_path, flickr8k_store, name, root, features, coun
 
 @needs_real
 def test_both_tsv_layouts_hold_the_same_regions(tmp_path):
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    vocab = REAL / "vocab/bert-base-cased-vocab.txt"
     original, lxmert = (
-        load_data("coco", REAL / "butd", REAL / "butd" / f, tokens=tokens, store=tmp_path / f)
+        load_data(REAL / BUTD, features=REAL / "butd" / f, vocab=vocab, store=tmp_path / f)
         for f in ("train2014_36.original_layout.tsv", "train2014_obj36.sample.tsv")
     )
     rows = {image_key(name): row for row, name in enumerate(original.regions.names)}
@@ -599,11 +605,13 @@ def test_restval_five_captions_and_training_vocabulary(root, tmp_path):
     many = [f"a dog {' '.join(f'word{i}' for i in range(100))} rare{k % 2}" for k in range(5)]
     karpathy(root / "dataset_coco.json", [("1.jpg", "train", many)])
     data = load_data("coco", root, store=tmp_path)  # enough words: those seen three times
-    assert {"dog", "word99", "rare0"} < set(data.tokenizer.tokens)
+    tokens = data.tokenizer.tokens
+    assert {"dog", "word99", "rare0"} < set(tokens)
     assert "rare1" not in data.tokenizer.tokens
     assert not any("few captions" in note for note in data.notes)
-    (root / "vocab.txt").write_text("\n".join([*TOKENS, "Dog"]))
+    (root / "vocab.txt").write_text("\n".join([*tokens, "Dog"]))
     assert load_data("coco", root, store=tmp_path).tokenizer.lowercase is False
+    assert load_data("coco", root, store=tmp_path, lowercase=True).tokenizer.lowercase is True
 
 
 def test_changed_features_are_converted_again(root, tmp_path):
@@ -795,13 +803,47 @@ def test_faulty_precomp(tmp_path, harm, message):
     assert "\n" not in str(caught.value)
 
 
+def test_precomp_with_each_image_five_times(tmp_path):
+    """VSE++'s arrays have a row for each caption."""
+    array = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    np.save(tmp_path / "train_ims.npy", array.repeat(5, 0))
+    (tmp_path / "train_caps.txt").write_text("a dog\n" * 10)
+    for names in (None, "ab", "aaaaabbbbb"):
+        if names:
+            (tmp_path / "train_names.txt").write_text("\n".join(names))
+        data = load_data("coco", tmp_path, store=tmp_path / "s")
+        assert len(data.splits["train"].images) == len(data.regions.names) == 2
+        assert data.splits["train"].captions == ["a dog"] * 10
+        assert torch.equal(data.image("train", [0, 1])[0], torch.from_numpy(array))
+    np.save(tmp_path / "train_ims.npy", np.arange(60, dtype=np.float32).reshape(10, 2, 3))
+    with pytest.raises(InputError, match="train_ims.npy: 10 images for 10 captions.*have five"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+
+
+def test_precomp_in_fortran_order(tmp_path):
+    np.save(tmp_path / "train_ims.npy", np.asfortranarray(np.ones((2, 3, 4), np.float32)))
+    (tmp_path / "train_caps.txt").write_text("a dog\n" * 10)
+    with pytest.raises(InputError, match="train_ims.npy.*Fortran.*save it again as a plain array"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+
+
+def test_precomp_of_two_data_sets_side_by_side(tmp_path):
+    for k, folder in enumerate(("coco_precomp", "f30k_precomp")):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "train_ims.npy", np.full((1, 2, 3), k, np.float32))
+        (tmp_path / folder / "train_caps.txt").write_text(f"{folder}\n" * 5)
+    for k, name in enumerate(("coco", "flickr30k")):
+        data = load_data(name, tmp_path, store=tmp_path / name)
+        assert len(data.regions.names) == 1 and data.image("train", [0])[0].max() == k
+
+
 def test_precomp_takes_names_and_testall(tmp_path):
     (tmp_path / "r").mkdir()
     for k, split in enumerate(("train", "test", "testall")):
         np.save(tmp_path / f"r/{split}_ims.npy", np.full((1, 2, 4), k, np.float32))
-        (tmp_path / f"r/{split}_caps.txt").write_text(f"{split}\n" * 5)
+        (tmp_path / f"r/{split}_caps.txt").write_text(f"a train of {split}\n" * 5)
     data = load_data("coco", tmp_path / "r", store=tmp_path)
-    assert data.splits["test"].captions == ["testall"] * 5 and data.image("test", [0])[
+    assert data.splits["test"].captions == ["a train of testall"] * 5 and data.image("test", [0])[
         0
     ].unique().tolist() == [2]
     for names in ("13", "31"):
@@ -809,7 +851,7 @@ def test_precomp_takes_names_and_testall(tmp_path):
             (tmp_path / f"r/{split}_names.txt").write_text(f"{name}.jpg\n")
         data = load_data("coco", tmp_path / "r", store=tmp_path)
         assert data.splits["test"].images == [f"{names[1]}.jpg"]
-        assert data.splits["test"].captions == ["testall"] * 5
+        assert data.splits["test"].captions == ["a train of testall"] * 5
         assert data.image("test", [0])[0].unique().tolist() == [2]
     (tmp_path / "r/testall_caps.txt").unlink()
     with pytest.raises(InputError, match="testall_caps.txt"):
@@ -831,7 +873,7 @@ def test_nothing_there_says_what_would_do(tmp_path):
         ):
             assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no region features"):
+    with pytest.raises(InputError, match="my.json: no such file"):
         load_data(tmp_path / "my.json", store=tmp_path / "s")
 
 
@@ -1092,7 +1134,8 @@ def rgb_like(picture, mode):
     [
         *[("turned", ".jpg"), ("16 bits", ".png"), ("CMYK", ".jpg"), ("P", ".png")],
         *[("L", ".png"), ("1", ".png"), ("RGBA", ".png"), ("LA", ".png"), ("RGB", ".webp")],
-        *[("transparent", ".png"), ("RGB", ".JPEG")],
+        *[("transparent", ".png"), ("RGB", ".JPEG"), ("P", ".gif"), ("RGB", ".bmp")],
+        *[("RGB", ".tif"), ("16 bits", ".tiff"), ("CMYK", ".TIFF")],
     ],
 )
 def test_pictures_of_every_kind_are_seen_right(tmp_path, monkeypatch, mode, ending):
@@ -1231,7 +1274,7 @@ def test_nothing_is_unpickled_and_bombs_are_refused(tmp_path):
         ('{"images": NaN}', "Karpathy's form"),
         (b"\xff\xfe\x00", "Karpathy's form"),
         ({"images": [{"filename": "1.jpg", "sentences": [{"raw": "a"}]}]}, "lacks 'split'"),
-        ({"images": [{"split": "train", "sentences": [{"raw": "a"}]}]}, "lacks 'cocoid'"),
+        ({"images": [{"split": "train", "sentences": [{"raw": "a"}]}]}, "lacks 'filename'"),
     ],
 )
 def test_json_that_is_something_else(root, tmp_path, content, message):
@@ -1329,6 +1372,267 @@ def test_bad_pictures_that_no_caption_names_can_be_skipped_for_good(root, tmp_pa
         load_data("coco", root, store=tmp_path)
 
 
+# ---------------------------------------------------------------- which files are taken
+
+
+def save_pictures(folder, names):
+    for name in names:
+        picture(folder / name, "red")
+
+
+def test_a_mistyped_json_is_named_before_any_folder_is_walked(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "list_files", None)  # a call would fail
+    for name in ("none.json", "other/none.json"):
+        with pytest.raises(InputError, match=f"{name}: no such file; Karpathy's form"):
+            load_data(tmp_path / name, root=tmp_path, store=tmp_path / "s")
+    for name in ("captions.txt", "folder/coco"):
+        with pytest.raises(InputError, match=f"{name}: coco, flickr30k or the path of a JSON"):
+            load_data(name, root=tmp_path, store=tmp_path / "s")
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    save_pictures(tmp_path / "images/z", ["1.jpg", "2.jpg"])
+    for link, target in (("a", "z"), ("b", ".."), ("z/c", "../.."), ("z/d", "../../other")):
+        (tmp_path / "images" / link).symlink_to(target)
+    save_pictures(tmp_path / "other/images", ["3.jpg"])
+    (tmp_path / "other/images/e").symlink_to(tmp_path)
+    names = list(data_module.list_files(tmp_path / "images"))
+    assert {"z/1.jpg", "z/2.jpg"} < set(names)  # by their real folder
+    assert sorted(Path(name).name for name in names) == ["1.jpg", "2.jpg", "3.jpg"]
+    (tmp_path / "link").symlink_to("images")
+    assert len(data_module.list_files(tmp_path / "link")) == 3
+
+
+def test_only_the_named_data_set_is_taken(tmp_path):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    karpathy(tmp_path / "dataset_flickr30k.json", IMAGES)
+    save_pictures(tmp_path / "images", ["1.jpg", "2.jpg", "3.jpg"])
+    with pytest.raises(InputError, match="dataset_f30k.json: no such.*--data coco or flickr30k"):
+        load_data("f30k", tmp_path, store=tmp_path / "s")
+    assert load_data("coco", tmp_path, store=tmp_path / "s").name == "coco"
+
+
+@pytest.mark.parametrize(
+    "endings", [(".tsv.0", ".tsv.1"), (".TSV.10", ".tsv"), (".tsv.gz", ".tsv")]
+)
+def test_parts_of_tsvs_and_packed_ones(tmp_path, endings):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    for number, ending in enumerate(endings, 1):
+        content = tsv_row(number) + (tsv_row(3) if number == 2 else "")
+        content = gzip.compress(content.encode()) if ending == ".tsv.gz" else content.encode()
+        (tmp_path / f"train{ending}").write_bytes(content)
+    data = load_data("coco", tmp_path, store=tmp_path / "s")
+    assert sorted(data.regions.names) == ["1", "2", "3"]
+
+
+def test_a_packed_tsv_that_is_cut_off(tmp_path):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    packed = gzip.compress(tsv_row(1).encode())
+    for content in (packed[:-9], packed[:20], b"text", b""):
+        (tmp_path / "x.tsv.gz").write_bytes(content)
+        with pytest.raises(InputError, match="x.tsv.gz|not one usable"):
+            load_data("coco", tmp_path, store=tmp_path / "s")
+
+
+def test_the_form_that_has_the_captioned_images_is_taken(tmp_path):
+    listing = karpathy(tmp_path / "my.json", IMAGES)
+    save_pictures(tmp_path / "images", ["1.jpg", "2.jpg", "3.jpg"])
+    (tmp_path / "neg.tsv").write_text("title\tfilepath\ncat\timages/1.jpg\n")
+    np.savez(tmp_path / "mean.npz", mean=np.ones(3))
+    np.save(tmp_path / "x_ims.npy", np.ones((3, 2, 4)))
+    data = load_data(listing, store=tmp_path / "s")
+    assert data.notes[0].endswith("(pictures)")
+    np.savez(tmp_path / "2.npz", scores=np.ones(3))
+    assert load_data(listing, store=tmp_path / "s").notes == data.notes
+    np.savez(tmp_path / "1.npz", scores=np.ones(3))  # two of three are meant
+    with pytest.raises(InputError, match="no 3.jpg in"):
+        load_data(listing, store=tmp_path / "s")
+
+
+def test_other_files_are_counted_by_their_endings(tmp_path):
+    listing = karpathy(tmp_path / "my.json", IMAGES)
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        (tmp_path / f"images/{number}.heic").write_bytes(b"")
+    message = "no region features for 1.jpg and the others here .*12 .heic.*--features at them"
+    with pytest.raises(InputError, match=message):
+        load_data(listing, store=tmp_path / "s")
+
+
+def test_names_match_whatever_unicode_form_they_have(tmp_path):
+    save_pictures(tmp_path / "images", [unicodedata.normalize("NFD", "caf\u00e9.jpg")])
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "caf\u00e9.jpg")
+        listing = karpathy(tmp_path / "my.json", [(name, "train", ["a dog"])])
+        assert load_data(listing, store=tmp_path / "s").splits["train"].images == [name]
+
+
+def test_an_image_that_is_listed_twice(tmp_path):
+    save_pictures(tmp_path / "images", ["1.jpg", "2.jpg"])
+    listing = karpathy(tmp_path / "my.json", [*IMAGES[:2], ("1.jpg", "test", ["a dog"])])
+    with pytest.raises(InputError, match="image 2: 1.jpg is listed twice, first as image 0; mend"):
+        load_data(listing, store=tmp_path / "s")
+    data = load_data(listing, store=tmp_path / "s", skip_bad=True)
+    assert "test" not in data.splits and any("listed twice" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"split": None}, "image 0: 'split' is null; a text is expected"),
+        ({"sentences": "a dog"}, "image 0: 'sentences' is \"a dog\"; a list is expected"),
+        ({"sentences": ["a dog"]}, "image 0: \"a dog\" is no object with a field 'raw'"),
+        ({"sentences": [{"raw": None}]}, "image 0: 'raw' is null; a text"),
+        ({"sentences": [{"raw": float("nan")}]}, "image 0: 'raw' is NaN; a text"),
+        ({"sentences": [{"tokens": ["a"]}]}, "image 0: lacks 'raw'"),
+        ({"filename": None}, "image 0: lacks 'filename'"),
+    ],
+)
+def test_fields_of_another_kind_are_named(tmp_path, change, message):
+    entry = {"filename": "1.jpg", "split": "train", "sentences": [{"raw": "a dog"}]} | change
+    (tmp_path / "my.json").write_text(json.dumps({"images": [entry]}))
+    with pytest.raises(InputError, match=message):
+        load_data(tmp_path / "my.json", store=tmp_path / "s")
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def refuse_to_convert(monkeypatch):
+    monkeypatch.setattr(data_module, "write_regions", None)  # a call would fail
+
+
+def test_json_alone(tmp_path, monkeypatch, capsys):
+    refuse_to_convert(monkeypatch)
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    with pytest.raises(InputError, match="no region features for 1.jpg"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("found    captions") and "train 2, test 1 images" in lines[0]
+    assert lines[1].startswith("missing  regions: of train 2, test 1 images")
+    assert lines[-1].startswith("missing  vocabulary")
+
+
+def test_features_alone(root, tmp_path, monkeypatch, capsys):
+    refuse_to_convert(monkeypatch)
+    (root / "dataset_coco.json").unlink()
+    (root / "vocab.txt").write_text("\n".join(TOKENS))
+    with pytest.raises(InputError, match="dataset_coco.json: no such file"):
+        load_data("coco", root, store=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("missing  captions") and "caption_datasets.zip" in lines[0]
+    assert lines[1] == f"found    regions: {root / 'regions'} (npz), 3 images"
+    assert lines[-1].startswith("found    vocabulary") and len(lines) == 3
+
+
+def test_pictures_of_this_repository_are_none_of_coco(tmp_path, monkeypatch, capsys):
+    refuse_to_convert(monkeypatch)
+    save_pictures(tmp_path / "images", ["negatives-photos.png"])
+    with pytest.raises(InputError, match="no region features here"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+    assert "found    regions" not in capsys.readouterr().out
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    with pytest.raises(InputError, match="no region features for 1.jpg"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+    assert "found    regions" not in capsys.readouterr().out
+
+
+def test_half_of_the_features_is_found_out_before_the_conversion(
+    root, tmp_path, monkeypatch, capsys
+):
+    entries = []
+    for number, split in enumerate(("train", "train", "val", "test", "test", "test"), 1):
+        year = "train2014" if number < 3 else "val2014"
+        name = f"COCO_{year}_{number:012}.jpg"
+        entry = {"filepath": year, "filename": name, "split": split}
+        entries.append(entry | {"sentences": [{"raw": "a dog"}]})
+    (root / "dataset_coco.json").write_text(json.dumps({"images": entries}))
+    (root / "regions/coco_train2014_000000000003.npz").unlink()
+    with monkeypatch.context() as patch:
+        refuse_to_convert(patch)
+        message = "no val2014/COCO_val2014_000000000003.jpg .*; val 1, test 3 images have none"
+        with pytest.raises(InputError, match=message):
+            load_data("coco", root, store=tmp_path)
+    out = capsys.readouterr().out
+    assert "(npz), 2 images" in out and "4 of them have the folder val2014" in out
+    data = load_data("coco", root, store=tmp_path, skip_bad=True)
+    assert list(data.splits) == ["train"] and any("left out 4" in note for note in data.notes)
+
+
+def test_a_missing_split_or_vocabulary_is_found_out_before_the_conversion(
+    root, tmp_path, monkeypatch
+):
+    refuse_to_convert(monkeypatch)
+    with pytest.raises(InputError, match="no image of the val split, but train 2, test 1 images"):
+        load_data("coco", root, store=tmp_path, needed=("train", "val"))
+    with pytest.raises(InputError, match="know 28,996 tokens, but there is no .*vocab.txt"):
+        load_data("coco", root, store=tmp_path, vocab_size=28996)
+    (root / "vocab.txt").write_text("\n".join(TOKENS))
+    with pytest.raises(InputError, match="know 28,996 tokens, but .*vocab.txt has 12"):
+        load_data("coco", root, store=tmp_path, vocab_size=28996)
+    with pytest.raises(InputError, match="none.txt"):
+        load_data("coco", root, store=tmp_path, vocab=tmp_path / "none.txt", vocab_size=28996)
+
+
+def test_the_vocabulary_of_the_root_comes_first_if_it_fits(root, tmp_path):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a red dog cat zebra"
+    (tmp_path / "other.txt").write_text(f"{words} Tree".replace(" ", "\n"))
+    arguments = {"store": tmp_path, "vocab": tmp_path / "other.txt"}
+    data = load_data("coco", root, **arguments)
+    assert data.tokenizer.tokens[-1] == "Tree" and not data.tokenizer.lowercase
+    (root / "vocab.txt").write_text(words.replace(" ", "\n"))
+    assert load_data("coco", root, **arguments).tokenizer.tokens[-1] == "zebra"
+    assert load_data("coco", root, **arguments, vocab_size=11).tokenizer.tokens[-1] == "Tree"
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_all_captions_train_and_none_beyond_the_fifth_counts_as_false(root, tmp_path):
+    many = [f"a dog {word}" for word in "one two three four five six seven".split()]
+    karpathy(root / "dataset_coco.json", [("1.jpg", "train", many), ("3.jpg", "val", many)])
+    data = load_data("coco", root, store=tmp_path)
+    assert data.splits["train"].captions == many and data.splits["val"].captions == many[:5]
+    assert any(note.startswith("2 captions of val and test left out") for note in data.notes)
+    for split in ("train", "val"):
+        ids = data.true_captions(split, [0])[0].tolist()
+        assert [data.tokenizer.decode(row) for row in ids] == many
+
+
+def test_a_dash_between_spaces_joins_no_words(tmp_path):
+    data = tiny_data(tmp_path)
+    captions = ["a dog - dog jumps", "a dog-dog jumps"]
+    data.splits["train"].captions[:2] = captions
+    rows = [data.caption_phrases("train", c).int().tolist() for c in (0, 1)]
+    assert rows[0] == [[0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0]]
+    assert rows[1] == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0]]
+
+
+def test_what_is_cut_off_is_counted(root, tmp_path):
+    texts = ["a dog and a cat", "a dog and a red cat", "a dog and a", "a dog and the", "a dog"]
+    karpathy(root / "dataset_coco.json", [("1.jpg", "train", texts)])
+    data = load_data("coco", root, store=tmp_path, max_text=6)
+    assert data.text("train", range(5)).shape == (5, 6)
+    message = "2 captions are longer than 6 tokens and cut off; 3 captions are equal"
+    assert any(note.startswith(message) for note in data.notes)
+    assert not any("cut off" in note for note in load_data("coco", root, store=tmp_path).notes)
+    with pytest.raises(InputError, match="a text of 2 tokens has no room"):
+        load_data("coco", root, store=tmp_path, max_text=2)
+
+
+def test_unknown_words_are_counted_and_a_foreign_language_is_refused(root, tmp_path):
+    texts = ["a dog a dog a fox", "a dog a dog a dog"]
+    karpathy(root / "dataset_coco.json", [("1.jpg", "train", texts), ("3.jpg", "test", texts[1:])])
+    data = load_data("coco", root, store=tmp_path, tokens=TOKENS)
+    assert "8% of the tokens in captions of train are unknown" in data.notes
+    assert not any("captions of test" in note for note in data.notes)
+    karpathy(
+        root / "dataset_coco.json", [("1.jpg", "train", texts), ("3.jpg", "test", ["le chat"])]
+    )
+    with pytest.raises(InputError, match="100% of the tokens in captions of test are unknown"):
+        load_data("coco", root, store=tmp_path, tokens=TOKENS)
+
+
 # ---------------------------------------------------------------- damaged files of every kind
 
 
@@ -1375,6 +1679,7 @@ def make_captions(folder):
 
 def make_json(folder):
     make_npz(folder)
+    shutil.copy(folder / "1.npz", folder / "2.npz")
     image = {"filepath": "a", "filename": "1.jpg", "cocoid": 1, "split": "train", "width": 640}
     sentence = {"raw": "A dog .", "tokens": ["a", "dog"]}
     image |= {"height": 480, "sentences": [sentence] * 2}
@@ -1409,8 +1714,16 @@ def maker_of_pictures(ending, mode):
     return make
 
 
+def make_packed_tsv(folder):
+    content = make_tsv(folder).read_bytes()
+    (folder / "x.tsv").unlink()
+    (folder / "x.tsv.gz").write_bytes(gzip.compress(content))
+    return folder / "x.tsv.gz"
+
+
 KINDS = {
     "tsv": make_tsv,
+    "tsv.gz": make_packed_tsv,
     "npz": make_npz,
     "npz inside": make_npz_inside,
     "npy": make_npy,
@@ -1421,6 +1734,9 @@ KINDS = {
     "jpg": maker_of_pictures(".jpg", "RGB"),
     "png": maker_of_pictures(".png", "P"),
     "webp": maker_of_pictures(".webp", "RGB"),
+    "gif": maker_of_pictures(".gif", "P"),
+    "bmp": maker_of_pictures(".bmp", "RGB"),
+    "tif": maker_of_pictures(".tif", "RGB"),
 }
 
 
@@ -1454,6 +1770,7 @@ def throw_damaged_files(folder, kind, count, seed=0):
     path = KINDS[kind](folder)
     if kind != "json":
         images = [("1.jpg", "train", ["a dog"]), ("2.jpg", "test", ["a dog"])]
+        images = images[: 2 if "tsv" in kind else 1]  # those that the file has
         karpathy(folder / "dataset_coco.json", images)
     whole = path.read_bytes()
     for number in range(count):

@@ -165,6 +165,31 @@ def test_a_root_with_several_databases_and_texts(tmp_path):
     assert features.shape[2] == 8 and boxes.shape[2] == 7 and mask.any(1).all()
 
 
+def test_two_data_sets_side_by_side(tmp_path):
+    """As UNITER's script unpacks them; Flickr30K has numbers that COCO has, too."""
+    coco = GOLDEN["one_transaction"].tobytes()
+    flickr = coco.replace(b"coco_train2014_", b"flickr30k_00000")
+    other = coco.replace(b"coco_train2014_", b"nlvr2_train_999")
+    write(tmp_path / "img_db/coco_train2014/feat_th0.2_max100_min10", coco)
+    write(tmp_path / "img_db/flickr30k/feat_th0.2_max100_min10", flickr)
+    write(tmp_path / "img_db/nlvr2_train/feat_th0.2_max100_min10", other)
+    write(tmp_path / "img_db/unnamed/a", flickr)  # told by its keys alone
+    write(tmp_path / "txt_db/itm_coco_train.db", "long_keys")
+    (tmp_path / "txt_db/itm_coco_train.db/id2len.json").write_text("{}")
+    images = []
+    keys = [key for key, _ in read_lmdb(write(tmp_path / "runs", coco)) if key != b"__keys__"]
+    for number in [int(key[-16:-4]) for key in keys]:
+        sentences = [{"raw": f"a dog {n} of {number}"} for n in range(5)]
+        images.append({"filename": f"{number}.jpg", "split": "train", "sentences": sentences})
+    for name, prefix in (("coco", "coco_train2014_"), ("flickr30k", "flickr30k_")):
+        (tmp_path / f"dataset_{name}.json").write_text(json.dumps({"images": images}))
+        if name == "flickr30k":
+            (tmp_path / "img_db/unnamed/a/data.mdb").unlink()
+        loaded = load_data(name, tmp_path, store=tmp_path / "store" / name)
+        assert len(loaded.splits["train"].images) == len(loaded.regions.names) == 20
+        assert all(key.startswith(prefix) for key in loaded.regions.names)
+
+
 def test_given_texts_alone_says_so(tmp_path):
     path = write(tmp_path, "long_keys")
     _, text = [read for _, _, read in read_uniter({"data.mdb": path}, {})][:2]
