@@ -752,7 +752,8 @@ def draw_line(pen, y, line):
             y += height
             height = 28
         shade = [round(255 + word.suspicion * (value - 255)) for value in MARKER]
-        pen.rectangle((x - 3, y, x + width + 2, y + 23), tuple(shade))
+        left = x if word.continues else x - 3
+        pen.rectangle((left, y, x + width + 2, y + 23), tuple(shade))
         pen.text((x, y + 1), word.text, word.colour, font_size=18)
         if word.below:
             pen.text((x, y + 23), word.below, word.below_colour, font_size=14)
@@ -990,7 +991,7 @@ def table(metrics, warmup):
     lines = [f"{'':82}{'warm-up' if warmup else '':>9}{'final':>9}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        lines.append(f"{name:26}{meaning_of(name):56}{before:>9}{value:9.2f}")
+        lines.append(f"{name:26} {meaning_of(name):55}{before:>9}{value:9.2f}")
     return lines
 
 
