@@ -1008,21 +1008,27 @@ def search(model, data, split, query, image, path, **options):
     if query:
         query_split = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
         query_data = dataclasses.replace(data, splits={split: query_split})
-        scores = score_matrix(model, query_data, split, **options)[0]
-        names = content.images
+        scores = score_matrix(model, query_data, split, **options)[0].sigmoid()
+        best = scores.topk(min(6, len(scores))).indices.tolist()
         rows = [(None, [Line("query", None, INK, plain_words(query))])]
+        for i in best:
+            found = Line("image", scores[i].item(), GREEN, plain_words(content.images[i]))
+            c = torch.searchsorted(content.image_of_caption, i)  # its first caption
+            caption = Line("its caption", None, INK, plain_words(content.captions[c]))
+            rows.append((i, [found, caption]))
+        names = content.images
     elif image in content.images:
         number = content.images.index(image)
-        scores = score_matrix(model, data, split, images=[number], **options)[:, 0]
+        scores = score_matrix(model, data, split, images=[number], **options)[:, 0].sigmoid()
+        best = scores.topk(min(6, len(scores))).indices.tolist()
+        lines = [Line("query", None, INK, plain_words(image))]
+        for c in best:
+            words = plain_words(content.captions[c])
+            lines.append(Line("caption", scores[c].item(), GREEN, words))
+        rows = [(number, lines)]
         names = content.captions
-        rows = [(number, [Line("query", None, INK, plain_words(image))])]
     else:
         raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
-    scores = scores.sigmoid()
-    best = scores.topk(min(6, len(scores))).indices.tolist()
-    for place, i in enumerate(best, 1):
-        line = Line(f"{place}.", scores[i].item(), GREEN, plain_words(names[i]))
-        rows.append((i if query else None, [line]))
     draw_rows(path, data, split, rows)
     return [(scores[i].item(), names[i]) for i in best]
 
