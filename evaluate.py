@@ -165,14 +165,16 @@ def score_matrix(
     progress = datasets.ProgressLine("pairs scored", scores.numel())
     with inference(model, device, dtype):
         for columns in column_groups:
-            features, boxes, mask = (x.to(device) for x in data.image(split, images[columns]))
-            pictures = model.prepare_regions(features, boxes, mask if packed else None)
+            features, boxes, region_mask = (
+                x.to(device) for x in data.image(split, images[columns])
+            )
+            pictures = model.prepare_regions(features, boxes, region_mask if packed else None)
             for rows in row_groups:
                 block = (rows[:, None], columns)
                 if scores[block].isnan().any():
                     ids = data.text(split, captions[rows]).to(device)
-                    mask = ids != data.tokenizer.pad_id if packed else None
-                    texts = model.prepare_text(ids, mask)
+                    text_mask = ids != data.tokenizer.pad_id if packed else None
+                    texts = model.prepare_text(ids, text_mask)
                     pairs = torch.arange(len(rows) * len(columns), device=device)
                     row = pairs // len(columns)
                     column = pairs % len(columns)
@@ -219,8 +221,8 @@ def score_sentences(
         # Sentences of one image stand together, so that its regions are embedded once.
         for rows in images.argsort(stable=True).split(score_batch):
             columns, column = images[rows].unique(return_inverse=True)
-            features, boxes, mask = (x.to(device) for x in data.image(split, columns))
-            pictures = model.prepare_regions(features, boxes, mask)
+            features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
+            pictures = model.prepare_regions(features, boxes, region_mask)
             ids = sentences.text(split, rows).to(device)
             prepared = model.prepare_text(ids, ids != data.tokenizer.pad_id)
             row = torch.arange(len(rows), device=device)
