@@ -165,14 +165,16 @@ def score_matrix(
     progress = datasets.ProgressLine("pairs scored", scores.numel())
     with inference(model, device, dtype):
         for columns in column_groups:
-            features, boxes, mask = (x.to(device) for x in data.image(split, images[columns]))
-            pictures = model.prepare_regions(features, boxes, mask if packed else None)
+            features, boxes, region_mask = (
+                x.to(device) for x in data.image(split, images[columns])
+            )
+            pictures = model.prepare_regions(features, boxes, region_mask if packed else None)
             for rows in row_groups:
                 block = (rows[:, None], columns)
                 if scores[block].isnan().any():
                     ids = data.text(split, captions[rows]).to(device)
-                    mask = ids != data.tokenizer.pad_id if packed else None
-                    texts = model.prepare_text(ids, mask)
+                    text_mask = ids != data.tokenizer.pad_id if packed else None
+                    texts = model.prepare_text(ids, text_mask)
                     pairs = torch.arange(len(rows) * len(columns), device=device)
                     row = pairs // len(columns)
                     column = pairs % len(columns)
@@ -219,8 +221,8 @@ def score_sentences(
         # Sentences of one image stand together, so that its regions are embedded once.
         for rows in images.argsort(stable=True).split(score_batch):
             columns, column = images[rows].unique(return_inverse=True)
-            features, boxes, mask = (x.to(device) for x in data.image(split, columns))
-            pictures = model.prepare_regions(features, boxes, mask)
+            features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
+            pictures = model.prepare_regions(features, boxes, region_mask)
             ids = sentences.text(split, rows).to(device)
             prepared = model.prepare_text(ids, ids != data.tokenizer.pad_id)
             row = torch.arange(len(rows), device=device)
@@ -752,7 +754,8 @@ def draw_line(pen, y, line):
             y += height
             height = 28
         shade = [round(255 + word.suspicion * (value - 255)) for value in MARKER]
-        pen.rectangle((x - 3, y, x + width + 2, y + 23), tuple(shade))
+        left = x if word.continues else x - 3
+        pen.rectangle((left, y, x + width + 2, y + 23), tuple(shade))
         pen.text((x, y + 1), word.text, word.colour, font_size=18)
         if word.below:
             pen.text((x, y + 23), word.below, word.below_colour, font_size=14)
@@ -990,7 +993,7 @@ def table(metrics, warmup):
     lines = [f"{'':82}{'warm-up' if warmup else '':>9}{'final':>9}"]
     for name, value in metrics.items():
         before = f"{warmup[name]:.2f}" if name in warmup else ""
-        lines.append(f"{name:26}{meaning_of(name):56}{before:>9}{value:9.2f}")
+        lines.append(f"{name:26} {meaning_of(name):55}{before:>9}{value:9.2f}")
     return lines
 
 
@@ -1007,21 +1010,27 @@ def search(model, data, split, query, image, path, **options):
     if query:
         query_split = dataclasses.replace(content, captions=[known_words(data.tokenizer, query)])
         query_data = dataclasses.replace(data, splits={split: query_split})
-        scores = score_matrix(model, query_data, split, **options)[0]
-        names = content.images
+        scores = score_matrix(model, query_data, split, **options)[0].sigmoid()
+        best = scores.topk(min(6, len(scores))).indices.tolist()
         rows = [(None, [Line("query", None, INK, plain_words(query))])]
+        for i in best:
+            found = Line("image", scores[i].item(), GREEN, plain_words(content.images[i]))
+            c = torch.searchsorted(content.image_of_caption, i)  # its first caption
+            caption = Line("its caption", None, INK, plain_words(content.captions[c]))
+            rows.append((i, [found, caption]))
+        names = content.images
     elif image in content.images:
         number = content.images.index(image)
-        scores = score_matrix(model, data, split, images=[number], **options)[:, 0]
+        scores = score_matrix(model, data, split, images=[number], **options)[:, 0].sigmoid()
+        best = scores.topk(min(6, len(scores))).indices.tolist()
+        lines = [Line("query", None, INK, plain_words(image))]
+        for c in best:
+            words = plain_words(content.captions[c])
+            lines.append(Line("caption", scores[c].item(), GREEN, words))
+        rows = [(number, lines)]
         names = content.captions
-        rows = [(number, [Line("query", None, INK, plain_words(image))])]
     else:
         raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
-    scores = scores.sigmoid()
-    best = scores.topk(min(6, len(scores))).indices.tolist()
-    for place, i in enumerate(best, 1):
-        line = Line(f"{place}.", scores[i].item(), GREEN, plain_words(names[i]))
-        rows.append((i if query else None, [line]))
     draw_rows(path, data, split, rows)
     return [(scores[i].item(), names[i]) for i in best]
 

@@ -360,4 +360,8 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as fault:
-        sys.exit(f"study.py: error: {fault}")
+        print(f"study.py: error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on", file=sys.stderr)
+        sys.exit(130)

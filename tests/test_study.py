@@ -1,6 +1,7 @@
 """The study's command line and tables. Its runs are those of tagsdc.py."""
 
 import json
+import types
 
 import pytest
 import study
@@ -85,6 +86,29 @@ def test_an_arm_goes_on_from_its_warm_up(tmp_path, monkeypatch):
     terms = [plans[f"seed1-1000/{name}"][0].weights for name in ("retrieved", "TAGS", "TAGS-DC")]
     assert [weights.get("wod") for weights in terms] == [None, None, 0.7]
     assert ["tags" in weights for weights in terms] == [False, True, True]
+
+
+def test_a_run_is_begun_or_taken_up_or_done(tmp_path, monkeypatch):
+    calls = []
+    code = 0
+
+    def run(command, env, **options):
+        assert env["OMP_NUM_THREADS"] == "1"
+        calls.append(command[2:])
+        return types.SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    folder = tmp_path / "run"
+    study.run_once(folder, ["--steps", "3"])
+    (folder / "run.json").write_text("{}")  # as tagsdc.py leaves it when it begins
+    study.run_once(folder, ["--steps", "3"])
+    assert calls == [["--steps", "3", "--out", str(folder)], ["--resume", "--out", str(folder)]]
+    code = 2
+    with pytest.raises(InputError, match="ended with 2; see output.txt"):
+        study.run_once(folder, [])
+    (folder / "metrics.json").write_text("{}")
+    study.run_once(folder, [])
+    assert len(calls) == 3
 
 
 def test_measures_of_heads_that_were_not_trained_are_left_out(tmp_path, monkeypatch):
