@@ -5,7 +5,8 @@
 A part of TAGS-DC (Fan et al., Findings of NAACL 2022) in PyTorch, MIT licence; this file stands
 on its own.
 
-Letters: B pairs, H negatives of a pair, N pairs of a list, T text positions, V vocabulary.
+Letters: B pairs, H negatives of a pair, N pairs of a list, T text positions, V vocabulary, D hidden
+size.
 s(I, T) is the sigmoid of a matching logit; [x]+ is max(x, 0). In every mask True means real or
 usable, and None that all entries are. Every negative label (-1, -100) means: no target here.
 Each term is a mean over its usable entries; without any it is 0 and passes a zero gradient."""
@@ -43,6 +44,20 @@ def matching_loss(logits, matches, *, valid=None):
     logits: (N,) float. matches: (N,) bool or float, 1 = true pair. valid: (N,) bool."""
     cost = F.binary_cross_entropy_with_logits(logits.float(), matches.float(), reduction="none")
     return masked_mean(cost, valid)
+
+
+def alignment_loss(words, regions, *, temperature=0.1):
+    """First part of a warm-up from BERT: each caption is to find its image by the cosine of their
+    mean embeddings among all of the batch, and each image its caption.
+    words, regions: (B, D) float, row b of both belongs together."""
+    if words.dim() != 2 or words.shape != regions.shape:
+        shapes = f"{tuple(words.shape)} and {tuple(regions.shape)}"
+        raise ValueError(f"words and regions must be (B, D), got {shapes}")
+    words = F.normalize(words.float(), dim=1)
+    regions = F.normalize(regions.float(), dim=1)
+    logits = words @ regions.T / temperature  # (B, B)
+    pair = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
 
 
 def masked_lm_loss(logits, labels):

@@ -32,6 +32,7 @@ import evaluate
 import generate
 from data import InputError
 from losses import (
+    alignment_loss,
     masked_lm_loss,
     masked_mean,
     matching_loss,
@@ -316,15 +317,18 @@ def detached(values):
 # ---- the warm-up -------------------------------------------------------------------------------
 
 WRONG_PARTNERS = 7  # pairs of the batch among which a hard wrong partner is drawn
+ALIGN_BATCH = 256  # pairs of a step of the first part from BERT
+ALIGN_LR = 2e-3
 
 
-def warmup_step(model, batch, weights, settings):
+def warmup_step(model, batch, weights, candidates, settings):
     """One step of the warm-up, up to the loss:
 
-        L = L_mlm + e L_itm
+        L = e L_mlm + f L_itm
 
-    masked words and, once "itm" is among the weights, matching against hard wrong partners, as
-    UNITER and ALBEF do. Returns what `tailored_step` does."""
+    masked words and, once "itm" is among the weights, matching against wrong partners, each drawn
+    by its score among so many candidates, as in ALBEF; of 1 candidate, at random.
+    Returns what `tailored_step` does."""
     pad_id = settings.tokenizer.pad_id
 
     # Without gradient and in eval mode: which wrong partners look true?
@@ -332,7 +336,7 @@ def warmup_step(model, batch, weights, settings):
         with evaluate.inference(model, settings.device, settings.dtype):
             texts, images = prepare(model, batch, pad_id)
             wrong_images, wrong_texts, false = draw_wrong_partners(
-                model, texts, images, batch, pad_id
+                model, texts, images, batch, candidates, pad_id
             )
 
     # With gradient.
@@ -352,13 +356,41 @@ def warmup_step(model, batch, weights, settings):
     return loss, detached({"loss": loss, **terms})
 
 
-def draw_wrong_partners(model, texts, images, batch, pad_id):
-    """For each pair another one's image and caption, to tell from its own: among the pairs behind
-    (images) or before (captions) it, the likelier the higher they score, as in ALBEF.
+def align_step(model, batch, settings):
+    """One step of the first part of a warm-up from BERT, up to the loss: regions come to look like
+    the words that describe them, before any layer sees them. Of BERT's numbers none changes here.
+    Returns what `tailored_step` does."""
+    with autocast(settings.device, settings.dtype):
+        images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
+        words = mean_words(model, batch.input_ids, settings.tokenizer)
+        loss = alignment_loss(words, mean_regions(images, batch.boxes))
+    return loss, detached({"loss": loss, "align": loss})
+
+
+def mean_words(model, ids, tokenizer):
+    """The mean word embedding of captions (B, T) -> (B, D)."""
+    real = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
+    real = real[..., None].float()  # (B, T, 1)
+    return (model.text.word(ids) * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def mean_regions(images, boxes):
+    """The mean of each image's regions, Prepared (B, R, D), to which the largest one, often the
+    whole image, adds as much as all together -> (B, D). boxes: (B, R, 7), the area last."""
+    real = images.mask[..., None].float()  # (B, R, 1)
+    mean = (images.states * real).sum(1) / real.sum(1)
+    largest = boxes[..., 6].masked_fill(~images.mask, -1.0).argmax(1)  # (B,)
+    row = torch.arange(len(largest), device=largest.device)
+    return (mean + images.states[row, largest]) / 2
+
+
+def draw_wrong_partners(model, texts, images, batch, candidates, pad_id):
+    """For each pair another one's image and caption, to tell from its own: among the candidates
+    behind (images) or before (captions) it, the likelier the higher they score.
     Returns wrong_images, wrong_texts and false (B,); not false = they are true after all."""
     ids = batch.input_ids  # (B, T)
     B = len(ids)
-    K = max(min(WRONG_PARTNERS, B - 1), 1)
+    K = max(min(candidates, B - 1), 1)
     row = torch.arange(B, device=ids.device)
     step = torch.arange(1, K + 1, device=ids.device)
     behind = (row[:, None] + step) % B  # (B, K)
@@ -784,15 +816,17 @@ def check_phases(parser, args):
 # ---- the phases of a run -----------------------------------------------------------------------
 
 WORDS_FIRST = 0.8  # share of a warm-up from scratch with masked words alone, before matching
+ALIGN_FIRST = 0.2  # share of a warm-up from BERT in which regions are aligned with words
 
 
 class Phase(NamedTuple):
     """A part of a training run: an optimiser and a rise and fall of the rate of its own. warmup
-    replaces the pre-training of UNITER that the paper starts from, and has two parts, "words" and
-    "matching"; tags adds the negatives, retrieved and written; dc the two tasks on the written."""
+    replaces the pre-training of UNITER that the paper starts from, and has two parts: words alone
+    (from BERT: the alignment of regions with words), then matching. tags has the negatives,
+    retrieved and written; dc the two tasks on the written, too."""
 
     name: str  # warmup, tags or dc
-    part: str  # words or matching in the warm-up, else as `name`
+    part: str  # align, words or matching in the warm-up, else as `name`
     steps: int
     weights: dict  # {term of the objective: its weight, above 0}
     peak_lr: float
@@ -804,8 +838,8 @@ def plan_phases(args):
     for phase in args.phases:
         name, share = phase.split("=")
         shares[name] = float(share)
-    if args.init:
-        shares.pop("warmup", None)
+    if args.init and not is_bert(args.init):
+        shares.pop("warmup", None)  # these weights have it behind them
     steps = {}
     begin = end = 0
     for name, share in shares.items():
@@ -815,19 +849,27 @@ def plan_phases(args):
 
     tags = {"hard": 1.0, "tags": args.lambda_tags, "mlm": args.lambda_mlm}
     dc = {**tags, "wod": args.lambda_wod, "woc": args.lambda_woc}
-    plan = []
-    if "warmup" in steps:
-        words = min(round(WORDS_FIRST * steps["warmup"]), max(steps["warmup"] - 1, 0))
-        matching = steps["warmup"] - words
-        if words:
-            plan.append(Phase("warmup", "words", words, {"mlm": 1.0}, args.warmup_lr))
-        both = {"mlm": 1.0, "itm": 1.0}
-        plan.append(Phase("warmup", "matching", matching, both, args.warmup_lr))
+    plan = plan_warmup(args, steps["warmup"]) if "warmup" in steps else []
     if "tags" in steps:
         plan.append(Phase("tags", "tags", steps["tags"], positive_weights(tags), args.lr))
     if "dc" in steps:
         plan.append(Phase("dc", "dc", steps["dc"], positive_weights(dc), args.lr))
     return plan
+
+
+def plan_warmup(args, steps):
+    """The two parts of a warm-up; of a single step the second one alone."""
+    from_bert = is_bert(args.init)
+    share = ALIGN_FIRST if from_bert else WORDS_FIRST
+    first = min(round(share * steps), max(steps - 1, 0))
+    if from_bert:
+        plan = [Phase("warmup", "align", first, {"align": 1.0}, ALIGN_LR)]
+        matching = {"mlm": 0.5, "itm": 1.0}
+    else:
+        plan = [Phase("warmup", "words", first, {"mlm": 1.0}, args.warmup_lr)]
+        matching = {"mlm": 1.0, "itm": 1.0}
+    plan.append(Phase("warmup", "matching", steps - first, matching, args.warmup_lr))
+    return plan[1:] if first == 0 else plan
 
 
 def positive_weights(weights):
@@ -845,6 +887,8 @@ def learning_rate(phase, step):
 def passes_of_step(phase, args):
     """How often a batch of a step encodes a pair, three times as much with gradient: by this the
     log foretells when a run ends."""
+    if phase.part == "align":
+        return ALIGN_BATCH // 8  # its regions pass no layer
     if phase.name == "warmup":
         B = args.warmup_batch_size
         matching = 3 * 3 * B + B * WRONG_PARTNERS
@@ -1003,7 +1047,8 @@ class Trainer:
             # As in stage 2 of the release: the head begins as the masked LM that has been tuned.
             self.model.correction.load_state_dict(self.model.mlm.state_dict())
             self.progress.corrects = True
-        parameters = list(self.model.parameters())
+        learning = self.model.region if phase.part == "align" else self.model
+        parameters = list(learning.parameters())
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
         others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
         fused = self.settings.device != "mps"
@@ -1061,8 +1106,11 @@ class Trainer:
 
     def take_step(self, phase, batch):
         """The step that belongs to a phase."""
+        if phase.part == "align":
+            return align_step(self.model, batch, self.settings)
         if phase.name == "warmup":
-            return warmup_step(self.model, batch, phase.weights, self.settings)
+            candidates = 1 if is_bert(self.args.init) else WRONG_PARTNERS
+            return warmup_step(self.model, batch, phase.weights, candidates, self.settings)
         writer = self.writer or self.model
         try:
             return tailored_step(self.model, writer, batch, phase.weights, self.settings)
@@ -1092,7 +1140,10 @@ class Trainer:
         """A batch by its number, on the CPU."""
         args = self.args
         rng = torch.Generator().manual_seed(seed_of(0, *number))
-        if phase.name == "warmup":
+        if phase.part == "align":
+            captions = draw_pairs(self.data.splits["train"], ALIGN_BATCH, rng)
+            shape = (1, 1, WARMUP_MASK_PROBABILITY, "own")  # no masked words are needed
+        elif phase.name == "warmup":
             captions = draw_pairs(self.data.splits["train"], args.warmup_batch_size, rng)
             shape = (len(captions), 1, WARMUP_MASK_PROBABILITY, "own")
         else:
@@ -1134,15 +1185,15 @@ class Trainer:
         current = self.plan[self.progress.phase]
         seconds_of_pass = seconds_of_step / passes_of_step(current, args)
         passes = -self.progress.step * passes_of_step(current, args)
-        pairs = self.pairs_of(final_split(self.data))
+        pairs = self.pairs_of(final_split(self.data), args.test_images)
         for phase in self.plan[self.progress.phase :]:
             passes += phase.steps * passes_of_step(phase, args)
-            if phase.part != "words":
+            if phase.part not in ("align", "words"):
                 left = phase.steps - (self.progress.step if phase == current else 0)
                 validations = args.validations * left / phase.steps
                 pairs += validations * self.pairs_of("val", args.val_images)
             if phase.part == "matching":
-                pairs += self.pairs_of(final_split(self.data))
+                pairs += self.pairs_of(final_split(self.data), args.test_images)
         return passes * seconds_of_pass + pairs * self.seconds_of_pair
 
     def pairs_of(self, split, count=None):
@@ -1154,7 +1205,7 @@ class Trainer:
     def validates(self, phase):
         """Whether a line of the log comes with a validation: --validations times a phase and at its
         end, but not while words alone are learnt, nor before new heads have learnt."""
-        if phase.part == "words":
+        if phase.part in ("align", "words"):
             return False
         step = self.progress.step
         learnt = 0.5 * phase.steps if phase.part == "dc" else 0
@@ -1185,7 +1236,7 @@ class Trainer:
 
     def end_phase(self, phase):
         """The phase's best weights go on, not its last."""
-        if phase.part != "words":
+        if phase.part not in ("align", "words"):  # which are not validated
             if RANK == 0:
                 self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
             broadcast_parameters(self.model)
@@ -1355,7 +1406,8 @@ def finish(args, data, model, settings, progress, published):
         evaluate.draw_curves(out / "curves.png", progress.log)
     if metrics:
         path = out / "negatives.png"
-        evaluate.draw_negatives(path, model, part, split, scores, examples, **scoring(settings))
+        options = scoring(settings) | {"seed": args.seed}
+        evaluate.draw_negatives(path, model, part, split, scores, examples, **options)
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
@@ -1365,7 +1417,7 @@ def published_metrics(published, model, data, split, scores, settings):
     for probe in published.probes:
         metrics = evaluate.probe_metrics(probe, model, data, split, scores, **scoring(settings))
         if not metrics:
-            say(f"probe {probe.name}: none of its images has features here")
+            say(f"{probe.name}: none of its images has features here; left out")
         found |= metrics
     if published.positives and scores is not None:
         found |= evaluate.positives_metrics(published.positives, scores, data, split)
@@ -1465,7 +1517,8 @@ def make_model(args, data, source, state):
         else:
             report = model.load_uniter(state)
     for what, names in report.items():
-        say(f"{source}: {what} {len(names)} entries{', '.join(['', *names[:4]])}")
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        say(f"{source}: {what} {len(names)} entries: {some}")
     return model
 
 
@@ -1491,20 +1544,42 @@ def load_all(args, source, state):
     folders = [Path(args.out).absolute().parent]
     for path in filter(None, (source, args.init)):
         folders += [Path(path).absolute().parent, Path(path).absolute().parent.parent]
-    stores = [folder / "data" / name for folder in folders]
-    shared = {"tokens": state.get("tokens"), "store": stores[0], "elsewhere": stores[1:]}
+    store, *elsewhere = [folder / "data" / name for folder in folders]
+    tokens = state.get("tokens")
     if RANK > 0:
         wait_for_the_first()
     if args.data == "scenes":
-        data = datasets.load_scenes(args.seed, args.scenes, **shared)
+        scenes = (args.seed, args.scenes)
+        data = datasets.load_scenes(*scenes, store, tokens, elsewhere, args.max_text)
     else:
-        places = (args.root, args.features, args.phrases)
-        data = datasets.load_data(args.data, *places, args.skip_bad, **shared)
+        trains = not (args.eval or args.checkpoint)
+        data = datasets.load_data(
+            args.data,
+            args.root,
+            args.features,
+            args.phrases,
+            args.skip_bad,
+            tokens,
+            store,
+            elsewhere,
+            vocab=Path(args.init).parent / "vocab.txt" if is_bert(args.init) else None,
+            vocab_size=vocabulary_of(state),
+            max_text=args.max_text,
+            needed=("train",) if trains else (),
+        )
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
     for note in data.notes:
         say(note)
     return data, make_model(args, data, source, state)
+
+
+def vocabulary_of(state):
+    """How many tokens published weights know; None for our own, which bring their tokens."""
+    if not state or "tokens" in state:
+        return None
+    config = Config.from_bert(state["bert"], 1) if "bert" in state else Config.from_uniter(state)
+    return config.vocab_size
 
 
 def wait_for_the_first():
@@ -1530,8 +1605,6 @@ def train(args, device, dtype, published):
     source = last if goes_on else args.init
     state = load_start(source) if source else {}
     data, model = load_all(args, source, state)
-    if "train" not in data.splits:
-        raise InputError(f"{args.data}: no captions of the train split to learn from")
     model.recompute = args.recompute
     settings = settings_of(args, data.tokenizer, device, dtype)
     if not goes_on:

@@ -112,7 +112,7 @@ def step(monkeypatch):
         monkeypatch.setattr(tagsdc, "retrieve_negatives", lambda *_: retrieved)
         monkeypatch.setattr(tagsdc, "write_negatives", lambda *_: written)
         if retrieved is None:
-            result = tagsdc.warmup_step(model, batch, weights, SETTINGS)
+            result = tagsdc.warmup_step(model, batch, weights, 7, SETTINGS)
         else:
             result = tagsdc.tailored_step(model, model, batch, weights, SETTINGS)
         return model, *result
