@@ -288,7 +288,7 @@ class Regions:
     A copy, also one in another process, opens the file anew."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder = os.path.abspath(folder)
         path = Path(folder) / "regions.bin"
         with one_line_errors(folder, "delete it, and it is made again"), open(path, "rb") as file:
             file.seek(-8, os.SEEK_END)
@@ -519,7 +519,11 @@ def tsv_rows(path):
 def list_first_rows(name, path):
     """The first images of a TSV of features: to list them all is to read it all."""
     rows = itertools.islice(tsv_rows(path), 5)
-    return [dict(zip(columns, fields)).get("id", "") for _, columns, fields in rows if columns[1:]]
+    names = []
+    for _, columns, fields in rows:
+        if len(columns) == len(fields) and {"id", "features"} <= set(columns):
+            names.append(fields[columns.index("id")])
+    return names
 
 
 def read_tsv_row(columns, fields):
@@ -819,7 +823,8 @@ Places = namedtuple("Places", "root features by_user")
 # source: path of the JSON. data_set: see data_set_of. by_path: True if the user named the path.
 Captions = namedtuple("Captions", "source images data_set by_path")
 # files: {path from the searched folder: path}. names: {path from there: names of its images}.
-Features = namedtuple("Features", "form files names")
+# unused: files of the form that have no image of ours.
+Features = namedtuple("Features", "form files names unused")
 
 
 def image_key(name):
@@ -868,7 +873,7 @@ def features_in(places, data_set):
         found = files_of_form(form, files, places.by_user)
         if found:
             names = {name: form.list_names(name, path) for name, path in found.items()}
-            yield Features(form, found, names)
+            yield Features(form, found, names, [])
 
 
 def files_of_form(form, files, anywhere):
@@ -885,39 +890,46 @@ def files_of_form(form, files, anywhere):
 
 def choose_features(places, captions):
     """The first Features that have half of the images with captions, or else most of them; None if
-    there are none."""
+    there are none. A TSV of features counts in any case, since only reading it all tells."""
     best = None
     most = -1
     for features in features_in(places, captions.data_set):
-        if features.form.name == "arrays" and not captions.by_path:  # with captions of their own
+        form = features.form
+        if form.name == "arrays" and not captions.by_path:  # with captions of their own
             return features
-        counts = count_captioned(features.names, captions)
+        counts = count_captioned(features, captions)
         count = sum(counts.values())
-        if count and (not features.form.lists_all or 2 * count >= len(captions.images)):
-            return only_databases(features, counts)
-        if count > most and (count or not features.form.lists_all):
-            best = only_databases(features, counts)
+        features = without_unused(features, counts)
+        if count and (not form.lists_all or 2 * count >= len(captions.images)):
+            return features
+        if count > most and (count or not form.lists_all):
+            best = features
             most = count
     return best
 
 
-def count_captioned(names, captions):
-    """{file: names of its images} -> {file: how many of them have captions}."""
+def count_captioned(features, captions):
+    """{file: how many of its images have captions}; of a TSV how many of the first are images."""
+    if not features.form.lists_all:
+        return {file: len(names) for file, names in features.names.items()}
     keys = {image.key for image in captions.images}
     counts = {}
-    for file, images in names.items():
-        counts[file] = sum(image_key(name) in keys for name in images if may_be_of(name, captions))
+    for file, names in features.names.items():
+        counts[file] = sum(image_key(name) in keys for name in names if may_be_of(name, captions))
     return counts
 
 
-def only_databases(features, counts):
-    """Of UNITER's form the files with captioned images alone: others have texts, or pictures of
-    other data sets. counts: {file: how many}."""
-    form, files, names = features
-    if form.name != "uniter":
+def without_unused(features, counts):
+    """Sets aside the files that have no image of ours where others have some, and there are many in
+    a file: databases of texts or of other pictures, a TSV of something else."""
+    form, files, names, _ = features
+    used = [file for file in files if counts[file]]
+    if form.name not in ("tsv", "uniter") or not used:
         return features
-    names = {file: names[file] for file in names if counts[file]}
-    return Features(form, {file: files[file] for file in names}, names)
+    unused = [file for file in files if not counts[file]]
+    return Features(
+        form, {file: files[file] for file in used}, {file: names[file] for file in used}, unused
+    )
 
 
 def may_be_of(name, captions):
@@ -997,7 +1009,7 @@ def print_checklist(places, captions, missing):
 def count_features(places, captions):
     """Yields (form, folder, number of images) of all features in a place."""
     keys = {image.key for image in captions.images}
-    for form, _, names in features_in(places, captions.data_set):
+    for form, _, names, _ in features_in(places, captions.data_set):
         folders = Counter()
         for file, images in names.items():
             if form.name == "pictures":
@@ -1065,6 +1077,8 @@ def read_captions(path, content, left_out):
                 raise ValueError(f"{image.path} is listed twice, first as image {first}")
             entry_of[image.path] = i
             images.append(image)
+    if not images:
+        raise InputError(f"{path}: no usable image; left out: {left_out[0]}")
     return images
 
 
@@ -1112,7 +1126,7 @@ def json_field(entry, name, kind):
 
 def load_regions(places, captions, features, skip_bad, store, elsewhere):
     """The region store of these files, made first unless one of the same files is there."""
-    form, files, names_in = features
+    form, files, names_in, _ = features
     left_out = [] if skip_bad else None
     sizes = known_sizes(captions.images)
     names_listed = [name for names in names_in.values() for name in names]
@@ -1346,17 +1360,23 @@ def load_data(
         regions = load_regions(places, captions, found, skip_bad, store, elsewhere)
         matched = match_all(places, captions, regions.names, left_out)
         splits = make_splits(matched, table)
-    notes = [f"captions from {captions.source}, regions from {places.features} ({found.form.name})"]
-    notes += note_parts(splits, phrases, regions, left_out)
-    tokenizer = make_tokenizer(root, splits, tokens, lowercase, notes)
-    data = Data(str(name), tokenizer, regions, splits, max_text, notes)
-    check_texts(data)
+        notes = [
+            f"captions from {captions.source}, regions from {places.features} ({found.form.name})"
+        ]
+        notes += note_parts(splits, found, phrases, regions, left_out)
+        tokenizer = make_tokenizer(root, splits, tokens, lowercase, notes)
+        data = Data(str(name), tokenizer, regions, splits, max_text, notes)
+        check_texts(data)
     return data
 
 
-def note_parts(splits, phrases, regions, left_out):
-    """Notes which captions have given phrases, and what was left out."""
+def note_parts(splits, found, phrases, regions, left_out):
+    """Notes what was left out, and which captions have given phrases."""
     notes = []
+    if found.unused:
+        names = ", ".join(found.unused[:4])
+        text = f"not read, since none of their images has captions: {names}"
+        notes.append(f"{text} ({len(found.unused):,} in all)")
     if phrases:
         known = [entry is not None for split in splits.values() for entry in split.phrases]
         notes.append(f"phrases of {sum(known):,} of {len(known):,} captions from {phrases}")

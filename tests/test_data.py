@@ -1449,6 +1449,15 @@ def test_the_form_that_has_the_captioned_images_is_taken(tmp_path):
         load_data(listing, store=tmp_path / "s")
 
 
+def test_a_tsv_of_something_else_beside_those_of_features(tmp_path):
+    listing = karpathy(tmp_path / "my.json", IMAGES)
+    (tmp_path / "a.tsv").write_text("title\tfilepath\ncat\timages/1.jpg\n")
+    (tmp_path / "b.tsv").write_text(tsv_row(1) + tsv_row(2) + tsv_row(3))
+    data = load_data(listing, store=tmp_path / "s")
+    note = "not read, since none of their images has captions: a.tsv (1 in all)"
+    assert note in data.notes
+
+
 def test_other_files_are_counted_by_their_endings(tmp_path):
     listing = karpathy(tmp_path / "my.json", IMAGES)
     (tmp_path / "images").mkdir()
@@ -1493,6 +1502,8 @@ def test_fields_of_another_kind_are_named(tmp_path, change, message):
     (tmp_path / "my.json").write_text(json.dumps({"images": [entry]}))
     with pytest.raises(InputError, match=message):
         load_data(tmp_path / "my.json", store=tmp_path / "s")
+    with pytest.raises(InputError, match=f"no usable image; left out: .*{message.split(';')[0]}"):
+        load_data(tmp_path / "my.json", store=tmp_path / "s", skip_bad=True)
 
 
 # ---------------------------------------------------------------- what is missing

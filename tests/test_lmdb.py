@@ -188,6 +188,7 @@ def test_two_data_sets_side_by_side(tmp_path):
         loaded = load_data(name, tmp_path, store=tmp_path / "store" / name)
         assert len(loaded.splits["train"].images) == len(loaded.regions.names) == 20
         assert all(key.startswith(prefix) for key in loaded.regions.names)
+        assert any("nlvr2_train/feat_th0.2_max100_min10/data.mdb" in note for note in loaded.notes)
 
 
 def test_given_texts_alone_says_so(tmp_path):
