@@ -514,7 +514,7 @@ EARLIER = ("last.pt", "best.pt", "metrics.json", "run.json", "log.csv")
         ("--init {tmp}/old.pt", "a checkpoint of format 1, not 4"),
         ("--init {tmp}/wide.pt", "feature_size"),
         ("--probe {tmp}/none.json", "none.json"),
-        ("--data {tmp}/none.json", "no region features"),
+        ("--data {tmp}/none.json", "no such file"),
     ],
 )
 def test_what_cannot_be_read_leaves_the_earlier_run(options, words, world, tmp_path, capsys):
