@@ -1575,41 +1575,53 @@ def check_config(args, config, vocab_size, feature_size):
 def load_all(args, source, state):
     """What a run works on -> data, model. state: what the file `source` holds, or {} for None. The
     first process converts the region features, for hours if need be, and the others wait."""
-    name = Path(args.data).stem
-    if args.data == "scenes":
-        name = f"scenes-seed{args.seed}-{'-'.join(map(str, args.scenes))}"
-    # One store for all the runs that lie beside each other.
-    folders = [Path(args.out).absolute().parent]
-    for path in filter(None, (source, args.init)):
-        folders += [Path(path).absolute().parent, Path(path).absolute().parent.parent]
-    store, *elsewhere = [folder / "data" / name for folder in folders]
-    tokens = state.get("tokens")
     if RANK > 0:
         wait_for_the_first()
-    if args.data == "scenes":
-        scenes = (args.seed, args.scenes)
-        data = datasets.load_scenes(*scenes, store, tokens, elsewhere, args.max_text)
-    else:
-        trains = not (args.eval or args.checkpoint)
-        data = datasets.load_data(
-            args.data,
-            args.root,
-            args.features,
-            args.phrases,
-            args.skip_bad,
-            tokens,
-            store,
-            elsewhere,
-            vocab=Path(args.init).parent / "vocab.txt" if is_bert(args.init) else None,
-            vocab_size=vocabulary_of(state),
-            max_text=args.max_text,
-            needed=("train",) if trains else (),
-        )
+    data = read_data(args, source, state)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
     for note in data.notes:
         say(note)
     return data, make_model(args, data, source, state)
+
+
+def read_data(args, source, state):
+    """What --data names, with the vocabulary that the weights in `state` know, if there are any."""
+    store, *elsewhere = stores_of(args, source)
+    tokens = state.get("tokens")
+    vocab = Path(args.init).parent / "vocab.txt" if is_bert(args.init) else None
+    if args.data == "scenes":
+        if vocab and tokens is None:
+            tokens = datasets.read_lines(vocab)
+        scenes = (args.seed, args.scenes)
+        return datasets.load_scenes(*scenes, store, tokens, elsewhere, args.max_text)
+    trains = not (args.eval or args.checkpoint)
+    return datasets.load_data(
+        args.data,
+        args.root,
+        args.features,
+        args.phrases,
+        args.skip_bad,
+        tokens,
+        store,
+        elsewhere,
+        vocab=vocab,
+        vocab_size=vocabulary_of(state),
+        max_text=args.max_text,
+        needed=("train",) if trains else (),
+    )
+
+
+def stores_of(args, source):
+    """Where region features are kept: one place for all the runs that lie beside each other, and
+    places where an earlier run may have left them."""
+    name = Path(args.data).stem
+    if args.data == "scenes":
+        name = f"scenes-seed{args.seed}-{'-'.join(map(str, args.scenes))}"
+    folders = [Path(args.out).absolute().parent]
+    for path in filter(None, (source, args.init)):
+        folders += [Path(path).absolute().parent, Path(path).absolute().parent.parent]
+    return [folder / "data" / name for folder in folders]
 
 
 def vocabulary_of(state):

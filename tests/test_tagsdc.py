@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -685,6 +686,62 @@ def test_scores_that_are_kept_are_not_worked_out_again(world, tmp_path, monkeypa
     assert 40 * 8 not in scored, "all captions with all images"
 
 
+def bert_folder(folder):
+    """A random BERT as BERTs are published, whose vocabulary has the words of the scenes."""
+    golden = np.load(ROOT / "tests" / "golden" / "bert_random.npz")
+    state = {name[6:]: torch.from_numpy(golden[name]) for name in golden if name[:6] == "state/"}
+    config = {"model_type": "bert", "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40}
+    words = " ".join(word for words in data.KINDS.values() for word in words).split()
+    tokens = [
+        *data.SPECIALS,
+        *dict.fromkeys([*words, "a", "there", "is", "on", "of", "background"]),
+    ]
+    tokens += [f"##{n}" for n in range(120 - len(tokens))]
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return folder
+
+
+def test_a_bert_is_aligned_and_learns_to_match_before_it_is_tuned(
+    world, tmp_path, monkeypatch, no_report
+):
+    state = {}
+    end_phase = tagsdc.Trainer.end_phase
+
+    def record(self, phase):
+        state[phase.part] = weights(self.out)
+        end_phase(self, phase)
+
+    monkeypatch.setattr(tagsdc.Trainer, "end_phase", record)
+    bert = bert_folder(tmp_path / "bert")
+    options = f"--init {bert} --max-text 40 --phases warmup=10 dc=2".split()
+    assert rerun(tmp_path / "run", world, *options) == 0
+    log = rows(tmp_path / "run")
+    assert [row["phase"] for row in log if row["align"]] == ["warmup"] * 2  # steps 1 and 2
+    assert {row["phase"] for row in log if row["itm"]} == {"warmup"} and log[-1]["woc"]
+    golden = np.load(ROOT / "tests" / "golden" / "bert_random.npz")
+    name = "bert.embeddings.word_embeddings.weight"
+    words = torch.from_numpy(golden[f"state/{name}"])
+    assert torch.equal(state["align"]["text.word.weight"], words), (
+        "the alignment is of regions alone"
+    )
+    assert not torch.equal(state["matching"]["text.word.weight"], words)
+    # The folder is needed no more.
+    shutil.rmtree(bert)
+    assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
+
+
+def test_aligned_regions_find_their_captions(world, tmp_path, no_report):
+    bert = bert_folder(tmp_path / "bert")
+    options = f"--init {bert} --max-text 40 --phases warmup=1 --steps 250 --log-every 49".split()
+    rerun(tmp_path / "run", world, *options, "--val-images", "1")
+    losses = [float(row["align"]) for row in rows(tmp_path / "run") if row["align"]]
+    assert losses[-1] < 0.7 * losses[0]
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 
@@ -713,6 +770,7 @@ BAD = [
     ("--init {best} --size small", "--size small"),
     ("--out {run} --init {best}", "lies in --out"),
     ("--max-text 100", "--max-text"),
+    ("--init {folder}", "config.json"),
     ("--query x", "--checkpoint"),
     ("--checkpoint {best}", "--query"),
     ("--size huge", "--size"),
@@ -732,7 +790,7 @@ BAD = [
 @pytest.mark.parametrize("options, words", BAD)
 def test_bad_input_gets_one_line_and_exit_code_2(options, words, world, tmp_path, capsys):
     fill_in = dict(
-        readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt", run=world
+        readme=ROOT / "README.md", out=tmp_path / "empty", best=world / "best.pt", run=world, folder=tmp_path
     )
     options = options.format(**fill_in).split()
     if "--data" not in options and "--eval" not in options and "--scenes" not in options:
