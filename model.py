@@ -1,11 +1,15 @@
 """The one-stream image-text encoder (UNITER) with the four heads of TAGS-DC.
 
+A minimal reference of TAGS-DC (Fan et al., Findings of NAACL 2022, arXiv 2111.03349); UNITER is
+arXiv 1909.11740. MIT licence.
+
 Letters: B pairs, T text positions, R regions, S = T + R, D hidden size, V vocabulary, F feature
 size; A captions and I images that are prepared once and then meet in N pairs; L positions of
-either; n first positions of a sequence; h heads, each d = D / h wide. Every mask is bool, True =
-real, and None means that all is. A sequence is [CLS] w1 .. wn [SEP], padded to T, then R regions.
+either; n first positions of a sequence; h heads, each d = D / h wide. Every mask is bool: True
+means real, and no mask (None) that everything is. A sequence is [CLS] words [SEP], padded to T,
+then R regions.
 
-Reading order: TagsDC.forward, and what it calls. The last section, the fast path, last of all."""
+Reading order: TagsDC.forward and what it calls; the fast path at the end of the file comes last."""
 
 import json
 import math
@@ -66,7 +70,8 @@ class Config:
                 dropout=dropout,
             )
         except (KeyError, AttributeError, TypeError, ValueError, IndexError) as fault:
-            raise ValueError(f"not UNITER weights, whose sizes can be read: {fault}") from None
+            text = f"not UNITER weights, no sizes can be read off them: {fault}"
+            raise ValueError(text) from fault
 
     @classmethod
     def from_bert(cls, bert, feature_size, dropout=0.0, vocab_size=None):
@@ -92,6 +97,8 @@ class Config:
 
 
 class TextEmbedding(nn.Module):
+    """Word + position + type, normalised."""
+
     def __init__(self, config):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
@@ -105,6 +112,8 @@ class TextEmbedding(nn.Module):
 
 
 class RegionEmbedding(nn.Module):
+    """Feature + box + type, normalised; feature and box have norms of their own."""
+
     def __init__(self, config):
         super().__init__()
         self.feature = nn.Linear(config.feature_size, config.hidden)
@@ -120,7 +129,9 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(what + where + token_type))
 
 
-class Layer(nn.Module):  # a post-norm BERT layer
+class Layer(nn.Module):
+    """BERT's layer: attention and feed-forward part, each followed by a sum and a LayerNorm."""
+
     def __init__(self, config):
         super().__init__()
         D = config.hidden
@@ -137,21 +148,23 @@ class Layer(nn.Module):  # a post-norm BERT layer
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, first=None):
-        """(N, S, D), mask (N, S) or None -> (N, n, D): the first n positions alone look at all S
-        and go on; first = None: n = S."""
+        """x (N, S, D), mask (N, S) or None -> (N, n, D): the output at the first n positions, which
+        attend to all S. first: n; None means all S."""
         start = x[:, :first]  # (N, n, D)
-        # Self-attention. A head is a part of the columns: (N, h, n or S, d).
+        # Self-attention. Each head takes d of the D columns: (N, h, n or S, d).
         q = self.query(start).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.key(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         context = attend(q, k, v, mask, self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).flatten(2)  # (N, n, D), the heads side by side again
-        # What follows is done at each position for itself.
+        # The rest treats each position by itself.
         x = self.attention_norm(start + self.dropout(self.out(context)))
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
-class WordHead(nn.Module):  # BERT's masked-LM head, its decoder tied to the word embeddings
+class WordHead(nn.Module):
+    """BERT's masked-LM head; its decoder is the matrix of word embeddings."""
+
     def __init__(self, config):
         super().__init__()
         self.transform = nn.Linear(config.hidden, config.hidden)
@@ -163,7 +176,8 @@ class WordHead(nn.Module):  # BERT's masked-LM head, its decoder tied to the wor
 
 
 class Prepared(NamedTuple):
-    """Captions or images as the encoder takes them, whoever their partners will be."""
+    """Captions or images, embedded once for all the pairs that they will be part of. Gain in
+    scoring: 1.35 / 1.25; size base: none / 1.1."""
 
     states: torch.Tensor  # (A, L, D) embeddings
     mask: torch.Tensor | None  # (A, L) bool, None = all is real
@@ -186,32 +200,40 @@ class TagsDC(nn.Module):
         self.mlm = WordHead(config)
         self.discrimination = nn.Linear(config.hidden, 2)
         self.correction = WordHead(config)
-        self.recompute = False  # activations in the backward pass: less memory, a third more work
+        self.recompute = False  # True: less memory in training for a third more work
         self.apply(initialise)
         nn.init.normal_(self.text.word.weight, std=config.hidden**-0.5)  # tied logits of size 1
 
     def forward(self, input_ids, features, boxes, text_mask=None, region_mask=None):
-        """Encodes B pairs: input_ids (B, T) long, features (B, R, F), boxes (B, R, 7) as shares of
-        the picture (x1, y1, x2, y2, w, h, w * h), text_mask (B, T) and region_mask (B, R).
-        Returns hidden (B, T + R, D), text first. No real row depends on what lies in padding."""
+        """Encodes B pairs of a caption and an image.
+        input_ids: (B, T) long.
+        features: (B, R, F) float, one row for each region.
+        boxes: (B, R, 7) float, x1, y1, x2, y2, w, h as shares of width and height, and w * h.
+        text_mask, region_mask: (B, T), (B, R) bool; ValueError if they are anything else.
+        Returns hidden (B, T + R, D), text first. No real position depends on the padding."""
         texts = self.prepare_text(input_ids, text_mask)
         images = self.prepare_regions(features, boxes, region_mask)
         pair = torch.arange(input_ids.size(0), device=input_ids.device)
         return self.encode_pairs(texts, pair, images, pair)
 
     def prepare_text(self, input_ids, text_mask=None):
-        """Embeds captions, once, whatever images they will meet: (A, T) long -> Prepared."""
+        """Embeds captions: input_ids (A, T) long, text_mask (A, T) bool or None -> Prepared."""
         check_mask(text_mask, input_ids.shape)
         return Prepared(self.text(input_ids, self.token_type.weight[0]), text_mask)
 
     def prepare_regions(self, features, boxes, region_mask=None):
-        """The same for images: (I, R, F) and (I, R, 7) -> Prepared."""
+        """Embeds images: features (I, R, F), boxes (I, R, 7), region_mask (I, R) bool or None ->
+        Prepared."""
         check_mask(region_mask, features.shape[:2])
         return Prepared(self.region(features, boxes, self.token_type.weight[1]), region_mask)
 
     def encode_pairs(self, texts, text_index, images, image_index, first=None):
-        """The pairs (texts[text_index], images[image_index]), both (N,) -> hidden (N, T + R, D),
-        or (N, first, D), what is encoded at the first positions: 1 is [CLS], T the text."""
+        """Encodes N pairs of what was prepared.
+        texts, images: Prepared.
+        text_index, image_index: (N,) long; pair number j is caption text_index[j] with image
+            image_index[j].
+        first: how many positions are wanted: 1 is [CLS] alone, T the text, None all.
+        Returns hidden (N, T + R, D), or (N, first, D)."""
         x = torch.cat((texts.states[text_index], images.states[image_index]), 1)
         mask = None
         if texts.mask is not None or images.mask is not None:
@@ -219,19 +241,23 @@ class TagsDC(nn.Module):
         return self.encode(x, mask, first)
 
     def encode(self, x, mask=None, first=None):
-        """All layers: (N, S, D) -> (N, S, D). The last one yields the first positions alone, if so
-        many are wanted: its work elsewhere would be for nothing. Gain in scoring: 1.2."""
+        """All layers: (N, S, D) -> (N, S, D), or (N, first, D): the last layer need not compute
+        positions that nobody reads. Gain in scoring: 1.35 / 1.25, in a step of TAGS-DC: 1.2; size
+        base, in scoring: 1.1."""
         for layer in self.layers[:-1]:
             x = self.run_layer(layer, x, mask)
         return self.run_layer(self.layers[-1], x, mask, first)
 
     def run_layer(self, layer, x, mask, first=None):
+        """layer(x, mask, first), whose inner results are computed again for the gradient if
+        `recompute` is set."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, x, mask, first, use_reentrant=False)
         return layer(x, mask, first)
 
     def score_pairs(self, texts, text_index, images, image_index, batch=None):
-        """match(encode_pairs(...)) for less work, `batch` pairs in one pass -> (N,) logits."""
+        """Matching logits (N,) of the pairs that encode_pairs takes, `batch` of them in one pass
+        (None: all), with less work."""
         batch = batch or max(text_index.size(0), 1)
         if can_pack(texts, images):
             return packed_scores(self, texts, text_index, images, image_index, batch)
@@ -242,21 +268,27 @@ class TagsDC(nn.Module):
 
     def match(self, hidden):
         """Matching logits (B,) of hidden (B, S, D), read off [CLS]; s(I, T) is their sigmoid."""
-        with autocast(hidden.device, torch.float32):  # in bfloat16 one of 256 would tie
+        with autocast(hidden.device, torch.float32):  # bfloat16 would make many scores equal
             cls = hidden[:, 0].to(self.matching.weight.dtype)
             return self.matching(torch.tanh(self.pooler(cls)))[:, 0]
 
-    def fill(self, hidden):  # masked-LM logits: (..., D) -> (..., V)
+    def fill(self, hidden):
+        """Masked-LM logits of every word: (..., D) -> (..., V)."""
         return self.mlm(hidden, self.text.word.weight)
 
-    def discriminate(self, hidden):  # (..., D) -> (..., 2) logits: class 1 = original, 0 = replaced
+    def discriminate(self, hidden):
+        """Logits of "replaced" (class 0) and "original" (class 1): (..., D) -> (..., 2)."""
         return self.discrimination(hidden)
 
-    def correct(self, hidden):  # logits of the original word: (..., D) -> (..., V)
+    def correct(self, hidden):
+        """Logits of the word that stood there originally: (..., D) -> (..., V)."""
         return self.correction(hidden, self.text.word.weight)
 
     def load_uniter(self, state_dict):
-        """Takes official UNITER or TAGS weights, in place; missing heads start as COPIES says.
+        """Loads official UNITER or TAGS weights. Heads that are missing start as COPIES says: where
+        there is no ranking head, `matching` is row 1, "match", of the two outputs of ITM, as in the
+        release. (That is a start for training; the probability of a match that UNITER itself gives
+        is the sigmoid of row 1 minus row 0.)
         Returns official names: {"loaded": [..], "ignored": [..], "initialised": ["x from y", ..]}.
         Raises ValueError, changing nothing, if a part of the encoder is missing or does not fit."""
         given = official_weights(state_dict)
@@ -285,21 +317,23 @@ class TagsDC(nn.Module):
 
     @classmethod
     def from_bert(cls, folder, feature_size, dropout=0.0):
-        """A model that starts as the published BERT in a folder: config.json, model.safetensors or
-        pytorch_model.bin, and vocab.txt, which need not be there. feature_size: numbers that
-        describe a region. Raises FileNotFoundError or ValueError of one line.
-        (To know what was loaded, take the same three steps and keep what load_bert returns.)"""
+        """A model that starts as a published BERT.
+        folder: holds config.json, model.safetensors or pytorch_model.bin, and perhaps vocab.txt.
+        feature_size: F, the numbers that describe a region.
+        Raises FileNotFoundError or ValueError, of one line. To learn which parameters begin at
+        random, write these three steps out and keep what load_bert returns."""
         bert, weights, vocab_size = read_bert(folder)
         model = cls(Config.from_bert(bert, feature_size, dropout, vocab_size))
         model.load_bert(weights)
         return model
 
     def load_bert(self, state_dict):
-        """Takes the weights of a published BERT, in place; what it lacks starts as in UNITER's
-        code: regions, matching and discrimination (and pooler and masked-LM head, if missing) at
-        random, type 1 as the type of regions, correction as a copy of the masked-LM head.
-        Returns {"loaded": [official names], "ignored": [official names], "initialised": [names of
-        our parameters that begin at random, for a higher learning rate]}.
+        """Loads the weights of a published BERT. What it lacks starts as in UNITER's code: the
+        embedding of regions, matching and discrimination at random, as do pooler and masked-LM head
+        if they are missing; correction is a copy of the masked-LM head. Type 1, BERT's second
+        sentence, becomes the type of regions.
+        Returns {"loaded": official names, "ignored": official names, "initialised": the names of
+        our parameters that begin at random and may want a higher learning rate}.
         Raises ValueError, changing nothing, if a part of BERT is missing or does not fit."""
         given = official_weights(state_dict)
         lacking = {}  # {official name: new values}
@@ -390,13 +424,14 @@ def official_name(name):
 
 def official_weights(state_dict):
     """{official name: value} of weights that may stand in {"model": ...} or {"state_dict": ...},
-    with `model.` or `module.` before the names, `bert.` or nothing for `uniter.`, gamma and beta,
-    and the bias of words beside the decoder."""
+    with `model.` or `module.` before their names, `bert.` or nothing for `uniter.`, gamma and beta
+    for weight and bias, or the bias of the words under the decoder's name."""
     for wrapper in ("model", "state_dict"):
         if isinstance(state_dict, dict) and isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
     if not isinstance(state_dict, dict) or not state_dict:
-        raise ValueError(f"not UNITER weights: a {type(state_dict).__name__} names no tensors")
+        kind = type(state_dict).__name__
+        raise ValueError(f"not UNITER weights, nor a BERT's: a {kind} names no tensors")
     weights = {}
     for name, value in state_dict.items():
         name = re.sub(r"^((module|model)\.)+", "", str(name))
@@ -416,7 +451,8 @@ def check_regions(weights):
 
 
 def fit(name, value, parameter):
-    """The value for a parameter, without rows that pad the vocabulary to a multiple of 8."""
+    """The value for a parameter, without rows that pad the vocabulary to a multiple of 8. Raises
+    ValueError, with the official name, if it does not fit."""
     if not torch.is_tensor(value) or not value.is_floating_point() or not value.dim():
         raise ValueError(f"{name} is no tensor of floating-point numbers")
     if name.startswith("itm_output.") and len(parameter) == 1:
@@ -435,7 +471,7 @@ def fit(name, value, parameter):
     return value
 
 
-# What computes the same as our layers; a field that is missing has this value.
+# A BERT whose config.json has another value here computes something else than our layers.
 BERT_FIELDS = {
     "model_type": "bert",
     "hidden_act": "gelu",
@@ -467,7 +503,7 @@ def bert_size(bert, field):
 
 
 def new_values(name, parameter):
-    """What a parameter that BERT lacks starts as in UNITER's code."""
+    """What a parameter that BERT lacks starts as in UNITER's code. name: the official one."""
     if name.endswith(".bias"):
         return torch.zeros_like(parameter)
     if "LayerNorm" in name or "layer_norm" in name:
@@ -476,8 +512,9 @@ def new_values(name, parameter):
 
 
 def read_bert(folder):
-    """A folder as BERTs are published -> (content of config.json, state dict, words of vocab.txt or
-    None if there is no such file). Raises FileNotFoundError or ValueError of one line."""
+    """Reads a published BERT from its folder. Returns the content of config.json, the state dict,
+    and how many words vocab.txt has, None if there is no such file. Raises FileNotFoundError or
+    ValueError, of one line."""
     folder = Path(folder)
     weights = [folder / name for name in BERT_FILES if (folder / name).is_file()]
     if not weights or not (folder / "config.json").is_file():
@@ -497,7 +534,7 @@ def read_bert(folder):
 
 
 def read_weights(path):
-    """The state dict in a file, .safetensors or written by torch.save; ValueError if damaged."""
+    """The state dict in a .safetensors file or one of torch.save; ValueError if it is damaged."""
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -509,9 +546,9 @@ def read_weights(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes with the length of a header; the header, JSON
-    with the dtype, the shape and the place of each tensor; the numbers, end to end.
-    Raises ValueError if the file is cut off or says something else than it holds."""
+    """{name: tensor} of a .safetensors file, which has three parts: the length of the header in 8
+    bytes; the header, JSON with dtype, shape and place of each tensor; the numbers of all tensors,
+    end to end. Raises ValueError if the file is cut off or the header does not fit the numbers."""
     tensors = {}
     name = "its header"
     with open(path, "rb") as file:
@@ -539,13 +576,15 @@ def read_safetensors(path):
 
 # ---- the fast path -----------------------------------------------------------------------------
 # Read last. Nothing here changes a result beyond rounding; all that bfloat16, a CPU or a GPU needs
-# is here. Gains: time without over time with, size tiny, one thread, float32 / bfloat16.
+# is here. Gains: time without over time with, float32 / bfloat16, size tiny unless said, one thread
+# of a Xeon with AMX (python tests/benchmark.py --what savings).
 
 
 def fast_dtype(device):
-    """The dtype that `--dtype auto` means: bfloat16 where the hardware is fast. Gain: 2.2."""
+    """The dtype that `--dtype auto` means: bfloat16 where the hardware computes in it; GPUs before
+    Ampere (capability 8) would emulate it. Gain in scoring: 1.9; size base: 3."""
     kind = torch.device(device).type
-    fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     if kind == "cpu" and Path("/proc/cpuinfo").exists():
         fast = re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text())
     return torch.bfloat16 if fast else torch.float32
@@ -559,7 +598,8 @@ def autocast(device, dtype):
 
 def attend(q, k, v, mask, dropout):
     """Scaled dot-product attention: (N, h, S, d) each, mask (N, S) or None -> (N, h, S, d).
-    In bfloat16 on a CPU by plain products. Gain: 1.08 in scoring, 1.8 to 2.0 in training."""
+    In bfloat16 on a CPU by plain products. Gain in a step of TAGS-DC: 1.2, where gradients are
+    taken 1.9 (with dropout 1.1), in scoring none; size base: 1.15 with gradients."""
     mask = None if mask is None else mask[:, None, None]  # (N, 1, 1, S)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -578,7 +618,7 @@ def can_pack(texts, images):
 
 def packed_scores(model, texts, text_index, images, image_index, batch):
     """TagsDC.score_pairs on a CPU: pairs of about one length share a pass, and no padding stands
-    between text and regions. Gain: 1.43 / 1.33."""
+    between text and regions. Gain: 1.4 / 1.2, in a step of TAGS-DC 1.15."""
     A, T = texts.states.shape[:2]
     R = images.states.size(1)
     # All positions of all texts and images below each other, and where among them a pair lies.

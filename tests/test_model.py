@@ -619,3 +619,9 @@ def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(monkeypatch, flags, dty
     monkeypatch.setattr(model_module.Path, "exists", lambda path: True)
     monkeypatch.setattr(model_module.Path, "read_text", lambda path: flags)
     assert fast_dtype("cpu") == dtype
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_takes_no_bfloat16_that_a_gpu_only_emulates(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_dtype("cuda:0") == dtype
