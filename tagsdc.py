@@ -40,7 +40,16 @@ from losses import (
     word_correction_loss,
     word_discrimination_loss,
 )
-from model import BERT_FILES, PRESETS, Config, TagsDC, autocast, fast_dtype, read_bert
+from model import (
+    BERT_FILES,
+    PRESETS,
+    Config,
+    TagsDC,
+    autocast,
+    fast_dtype,
+    read_bert,
+    read_weights,
+)
 
 # ---- what a step works on ----------------------------------------------------------------------
 
@@ -448,10 +457,10 @@ SWITCH = argparse.BooleanOptionalAction  # --name and --no-name
 def make_parser():
     """All options; the defaults fit the embedded scenes on a CPU."""
     parser = argparse.ArgumentParser(
-        description="TAGS-DC: train an image-text matcher against negatives that it writes itself.",
-        formatter_class=functools.partial(
-            argparse.ArgumentDefaultsHelpFormatter, max_help_position=32, width=100
-        ),
+        usage="python tagsdc.py [options]",
+        description="TAGS-DC: an image-text matcher learns from negatives that it writes itself. "
+        "In [] stands what an option is if it is not given.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
     )
     add_tasks(parser.add_argument_group("what to do (without any of these: train)"))
     add_data_options(parser.add_argument_group("data and network"))
@@ -466,81 +475,125 @@ def add_tasks(group):
     add = group.add_argument
     add("--quick", action="store_true", help="train in miniature: every part in under a minute")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--eval", metavar="CHECKPOINT", help="evaluate it: ours, or UNITER's official weights")
-    add("--checkpoint", help="the checkpoint for --query and --image")
+    add("--eval", metavar="FILE", help="evaluate a checkpoint, or UNITER's official weights")
+    add("--checkpoint", metavar="FILE", help="for --query and --image")
     add("--query", metavar="TEXT", help="find the test images that fit a sentence best")
     add("--image", metavar="NAME", help="find the test captions that fit an image best")
-    add("--probe", nargs="+", default=[], help="files of SugarCrepe, VALSE's FOIL or RoCOCO")
+    help = "also run published tests: SugarCrepe, VALSE's FOIL, RoCOCO"
+    add("--probe", metavar="FILE", nargs="+", default=[], help=help)
 
 
 def add_data_options(group):
     add = group.add_argument
-    add("--data", default="scenes", help="scenes, coco, flickr30k, flickr8k, or a Karpathy JSON")
-    add("--root", help="folder of captions, vocabulary and region features")
-    add("--features", help="folder of the region features, if they are not under --root")
-    add("--phrases", help="JSON with the phrases of the captions, in place of the parser")
+    help = "scenes, coco, flickr30k, flickr8k, or a JSON in Karpathy's form [%(default)s]"
+    add("--data", metavar="NAME", default="scenes", help=help)
+    add("--root", metavar="DIR", help="where the captions, vocabulary and region features are")
+    add("--features", metavar="DIR", help="where the region features are, if not under --root")
+    add("--phrases", metavar="FILE", help="JSON with the captions' phrases, not parsed by rules")
     add("--skip-bad", action=SWITCH, default=False, help="leave out unusable images")
-    add("--scenes", type=COUNT, nargs=3, default=[1000, 100, 250], help="images in train val test")
-    add("--max-text", type=COUNT, default=64, help="tokens of a text; what is beyond is cut off")
-    add("--size", choices=PRESETS, help="of a new network; paper: base, large (default: tiny)")
-    add("--init", help="start from our checkpoint, UNITER's weights, or the folder of a BERT")
-    add("--dropout", type=number(float, 0.99, zero=True), default=0.0, help="paper: 0.1")
+    help = "images of the scenes in train, val and test [1000 100 250]"
+    add("--scenes", metavar="N", type=COUNT, nargs=3, default=[1000, 100, 250], help=help)
+    help = "tokens of a text; what is beyond is cut off [%(default)s]"
+    add("--max-text", metavar="N", type=COUNT, default=64, help=help)
+    help = "of a new network: tiny, small; base and large as in the paper [tiny]"
+    add("--size", metavar="NAME", choices=PRESETS, help=help)
+    help = "start from our checkpoint, UNITER's weights, or the folder of a BERT"
+    add("--init", metavar="FILE", help=help)
+    dropout = number(float, 0.99, zero=True)
+    add(
+        "--dropout",
+        metavar="X",
+        type=dropout,
+        default=0.0,
+        help="dropout [%(default)s; paper: 0.1]",
+    )
 
 
 def add_training_options(group):
     add = group.add_argument
-    add("--recipe", choices=RECIPES, help="a set of options: paper, or a schedule of the release")
-    add("--steps", type=COUNT, default=3250, help="of the optimiser, in all phases together")
+    help = "options in one word: paper, coco-base-1, coco-base-2, bert-coco, ..., see README.md"
+    add("--recipe", metavar="NAME", choices=RECIPES, help=help)
+    help = "of the optimiser, in all phases together [%(default)s]"
+    add("--steps", metavar="N", type=COUNT, default=3250, help=help)
     phases = ["warmup=10", "dc=3"]
-    add("--phases", type=phase_share, nargs="+", default=phases, help="and shares of the steps")
-    add("--batch-size", type=COUNT, default=16, help="anchor pairs in a batch of tags and dc")
-    add("--warmup-batch-size", type=COUNT, default=32, help="pairs in a batch of the warm-up")
-    add("--accumulate", type=COUNT, help="batches of a step, in all processes (default: one each)")
-    add("--lr", type=POSITIVE, default=1e-3, help="peak rate of tags and dc; paper: 5e-5, 1e-5")
-    add("--warmup-lr", type=POSITIVE, default=1e-3, help="peak rate of the warm-up")
-    add("--recompute", action=SWITCH, default=False, help="less memory, a third more work")
+    help = "of warmup, tags and dc, with shares of the steps [warmup=10 dc=3]"
+    add("--phases", metavar="NAME=X", type=phase_share, nargs="+", default=phases, help=help)
+    help = "anchor pairs in a batch of tags and dc [%(default)s; paper: 32]"
+    add("--batch-size", metavar="N", type=COUNT, default=16, help=help)
+    help = "pairs in a batch of the warm-up [%(default)s]"
+    add("--warmup-batch-size", metavar="N", type=COUNT, default=32, help=help)
+    help = "batches of a step, all processes together [one each; paper: 8]"
+    add("--accumulate", metavar="N", type=COUNT, help=help)
+    help = "peak learning rate of tags and dc [%(default)s; paper: 5e-5, 1e-5]"
+    add("--lr", metavar="X", type=POSITIVE, default=1e-3, help=help)
+    help = "peak learning rate of the warm-up [%(default)s]"
+    add("--warmup-lr", metavar="X", type=POSITIVE, default=1e-3, help=help)
+    help = "keep fewer activations: less memory, a third more work"
+    add("--recompute", action=SWITCH, default=False, help=help)
 
 
 def add_negatives_options(group):
     add = group.add_argument
-    add("--pool", type=COUNT, default=16, help="pairs to retrieve from; paper: 399")
-    add("--retrieved", type=COUNT, default=2, help="hard negatives each way; paper: 31")
-    add("--hard", type=COUNT, default=4, help="written negatives that are kept; paper: 31")
-    add("--maskings", type=COUNT, default=4, help="of a caption; paper: 20")
-    add("--refills", type=COUNT, default=4, help="of a masking; paper: 20")
-    add("--temperature", type=POSITIVE, default=1.0, help="of the refilling; paper: 1.5")
+    help = "pairs from which hard negatives are retrieved [%(default)s; paper: 399]"
+    add("--pool", metavar="N", type=COUNT, default=16, help=help)
+    help = "hard negatives retrieved each way [%(default)s; paper: 31]"
+    add("--retrieved", metavar="N", type=COUNT, default=2, help=help)
+    help = "hardest of the written negatives that are kept [%(default)s; paper: 31]"
+    add("--hard", metavar="N", type=COUNT, default=4, help=help)
+    help = "maskings of a caption [%(default)s; paper: 20]"
+    add("--maskings", metavar="N", type=COUNT, default=4, help=help)
+    help = "refills of a masking [%(default)s; paper: 20]"
+    add("--refills", metavar="N", type=COUNT, default=4, help=help)
+    help = "of the refilling [%(default)s; paper: 1.5]"
+    add("--temperature", metavar="X", type=POSITIVE, default=1.0, help=help)
+    help = "whose picture the writer looks at: own, other [%(default)s; paper: own]"
     sees = ("own", "other")
-    add("--writer-sees", choices=sees, default="other", help="whose picture; paper: own")
-    help = "words that are likelier are taken to be true, and are not written; paper: 1 (off)"
-    add("--truth-threshold", type=SHARE, default=0.1, help=help)
-    help = "the writer keeps the weights with which the first phase after the warm-up begins"
+    add("--writer-sees", metavar="WHOSE", choices=sees, default="other", help=help)
+    help = "likelier words are not written, as they may be true [%(default)s; paper: 1, off]"
+    add("--truth-threshold", metavar="X", type=SHARE, default=0.1, help=help)
+    help = "the writer does not learn any more after the warm-up"
     add("--frozen-writer", action=SWITCH, default=False, help=help)
 
 
 def add_objective_options(group):
     add = group.add_argument
-    add("--margin", type=POSITIVE, default=0.2, help="of the triplet losses L_hard and L_tags")
-    add("--lambda-tags", type=WEIGHT, default=1.0, help="weight of L_tags; paper: 5e-5 to 1e-3")
-    add("--lambda-mlm", type=WEIGHT, default=0.2, help="weight of L_mlm; paper: 0.01 to 0.1")
-    add("--lambda-wod", type=WEIGHT, default=1.0, help="weight of L_wod; paper: 5e-4")
-    add("--lambda-woc", type=WEIGHT, default=0.5, help="weight of L_woc; paper: 5e-4")
+    help = "of the triplet losses L_hard and L_tags [%(default)s; paper: 0.2]"
+    add("--margin", metavar="X", type=POSITIVE, default=0.2, help=help)
+    help = "weight of L_tags [%(default)s; paper: 5e-5 to 1e-3]"
+    add("--lambda-tags", metavar="X", type=WEIGHT, default=1.0, help=help)
+    help = "weight of L_mlm [%(default)s; paper: 0.01 to 0.1]"
+    add("--lambda-mlm", metavar="X", type=WEIGHT, default=0.2, help=help)
+    help = "weight of L_wod [%(default)s; paper: 5e-4]"
+    add("--lambda-wod", metavar="X", type=WEIGHT, default=1.0, help=help)
+    help = "weight of L_woc [%(default)s; paper: 5e-4]"
+    add("--lambda-woc", metavar="X", type=WEIGHT, default=0.5, help=help)
 
 
 def add_run_options(group):
     add = group.add_argument
-    add("--out", help="run directory (default: runs/ and the name of the data)")
-    add("--seed", type=number(int, 2**32, zero=True), default=0, help="of all randomness")
+    add("--out", metavar="DIR", help="run directory [runs/ and the name of the data]")
+    seed = number(int, 2**32, zero=True)
+    add("--seed", metavar="N", type=seed, default=0, help="of all randomness [%(default)s]")
     devices = ("auto", "cpu", "cuda", "mps")
-    add("--device", choices=devices, default="auto", help="where to compute")
+    help = "cpu, cuda, mps or auto [%(default)s]"
+    add("--device", metavar="NAME", choices=devices, default="auto", help=help)
     dtypes = ("auto", "float32", "bfloat16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: the fastest of the hardware")
-    add("--log-every", type=COUNT, default=50, help="steps between lines of the log (checkpoints)")
-    add("--validations", type=COUNT, default=2, help="in a phase")
-    add("--val-images", type=COUNT, default=100, help="images of a validation")
-    add("--test-images", type=COUNT_OR_NONE, help="of the final report; 0: none (default: all)")
-    add("--analyse-images", type=COUNT, default=200, help="whose written negatives are analysed")
-    add("--score-batch", type=COUNT, default=128, help="pairs in a pass without gradient")
-    add("--save-scores", action=SWITCH, default=False, help="keep the test scores as scores.npy")
+    help = "float32, bfloat16 or auto, what the hardware is faster with [%(default)s]"
+    add("--dtype", metavar="NAME", choices=dtypes, default="auto", help=help)
+    help = "steps between two lines of the log, each with a checkpoint [%(default)s]"
+    add("--log-every", metavar="N", type=COUNT, default=50, help=help)
+    help = "in a phase [%(default)s]"
+    add("--validations", metavar="N", type=COUNT, default=2, help=help)
+    help = "images that a validation looks at [%(default)s]"
+    add("--val-images", metavar="N", type=COUNT, default=100, help=help)
+    help = "images that the final report looks at; 0: no report [all]"
+    add("--test-images", metavar="N", type=COUNT_OR_NONE, help=help)
+    help = "images whose written negatives the report analyses [%(default)s]"
+    add("--analyse-images", metavar="N", type=COUNT, default=200, help=help)
+    help = "pairs in a pass without gradient [%(default)s; a GPU likes 2048]"
+    add("--score-batch", metavar="N", type=COUNT, default=128, help=help)
+    help = "keep the report's scores as scores.npy; an interrupted report goes on from them"
+    add("--save-scores", action=SWITCH, default=False, help=help)
 
 
 # What all schedules of the official release share. Stage 1 begins with UNITER's weights, stage 2
@@ -980,10 +1033,8 @@ def only_run_in(folder):
 def load_checkpoint(path):
     """The dictionary in a file: a checkpoint of ours, or official weights {name: tensor}."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as fault:  # torch.load raises half a dozen kinds, with unsafe advice
+        state = read_weights(path)
+    except ValueError as fault:
         raise InputError(f"{path}: neither a checkpoint nor official weights") from fault
     if not isinstance(state, dict):
         raise InputError(f"{path}: neither a checkpoint nor official weights")
