@@ -539,7 +539,7 @@ def read_weights(path):
         return read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as fault:  # torch.load raises half a dozen kinds, with unsafe advice
         raise ValueError(f"{path}: damaged, or not a file of weights alone") from fault

@@ -4,8 +4,8 @@ the machine. Run by hand:
 
 All that is compared runs in one process, in turn, round by round; figures are medians, ratios
 medians of the rounds' ratios. Time is CPU time where one thread computes (OMP_NUM_THREADS=1), so
-that other work on the machine hardly disturbs it, and else that of the clock. Weights, captions and regions are random; caption lengths and region
-numbers are those of the data that a size is for.
+that other work on the machine hardly disturbs it, and else that of the clock. Weights, captions
+and regions are random; caption lengths and region numbers are those of the data that a size is for.
   score    ours: evaluate.score_matrix. plain: `PlainModel`, float32, batches of different captions
            padded to the longest. official: the same with one caption to a batch, as in the
            official inference, so that only regions are padded.
@@ -78,7 +78,10 @@ class RandomData:
     def __init__(self, size, captions, images):
         sizes = SIZES[size]
         rng = torch.Generator().manual_seed(0)
-        self.tokenizer = SimpleNamespace(pad_id=0, mask_id=4, word_range=(5, sizes["vocab"]))
+        whole_words = torch.ones(sizes["vocab"], dtype=torch.bool)
+        self.tokenizer = SimpleNamespace(
+            pad_id=0, mask_id=4, word_range=(5, sizes["vocab"]), whole_words=whole_words
+        )
         self.lengths = spread(sizes["lengths"], captions, rng)  # (C,)
         place = torch.arange(max(sizes["lengths"]))  # (T,)
         end = self.lengths[:, None] - 1
@@ -203,7 +206,7 @@ class PlainModel:
         return torch.cat(rows)
 
 
-def plain_negatives(plain, batch, args, word_range, device_rng):
+def plain_negatives(plain, batch, args, word_range):
     """What plain_step learns from: (index, valid) of hard images and of hard texts, sentences
     (B, H, T), valid (B, H) and originals (B * H, T), -1 where a word is the caption's."""
     ids = batch.input_ids
@@ -236,7 +239,6 @@ def plain_negatives(plain, batch, args, word_range, device_rng):
         args.refills,
         args.temperature,
         chunk_size=size,
-        generator=device_rng,
     )  # (B, N, T)
     every = torch.arange(B * N, device=ids.device)
     scores = plain.score(candidates.flatten(0, 1), every, images, row.repeat_interleave(N), size)
@@ -249,19 +251,15 @@ def plain_negatives(plain, batch, args, word_range, device_rng):
     return hard_images, hard_texts, sentences, valid, originals.flatten(0, 1)
 
 
-def plain_step(plain, data, args, rng, device_rng, device):
+def plain_step(plain, data, batch, args):
     """The loss of tagsdc.tailored_step with the same draws."""
-    captions = tagsdc.draw_pairs(data.splits["train"], args.pool, rng)
-    batch = tagsdc.make_batch(
-        data, "train", captions, args.batch_size, device, rng, args.maskings, args.mask_probability
-    )
     with torch.no_grad():
-        found = plain_negatives(plain, batch, args, data.tokenizer.word_range, device_rng)
+        found = plain_negatives(plain, batch, args, data.tokenizer.word_range)
     (hard_images, image_valid), (hard_texts, text_valid), sentences, valid, originals = found
     ids = batch.input_ids
     images = [batch.features, batch.boxes, batch.region_mask]
     B, H, T = sentences.shape
-    row = torch.arange(B, device=device)
+    row = torch.arange(B, device=ids.device)
     every = row.repeat_interleave(H)
     sentences = sentences.flatten(0, 1)
 
@@ -277,12 +275,11 @@ def plain_step(plain, data, args, rng, device_rng, device):
         plain.linear("disc_output", hidden[:, :T]),
         originals >= 0,
         (sentences != 0) & valid.flatten()[:, None],
-        original_weight=args.original_weight,
     )
     woc = losses.word_correction_loss(plain.words("correction_output", hidden[:, :T]), originals)
     image_of_masked = row.repeat_interleave(args.maskings)
     hidden = plain.encode(batch.masked.flatten(0, 1), *(x[image_of_masked] for x in images))
-    labels = batch.labels.flatten(0, 1).to(device)
+    labels = batch.labels.flatten(0, 1).to(ids.device)
     mlm = losses.masked_lm_loss(plain.words("cls", hidden[:, :T]), labels)
     terms = {"hard": hard, "tags": tags, "mlm": mlm, "wod": wod, "woc": woc}
     return sum(WEIGHTS[name] * term for name, term in terms.items())
@@ -421,22 +418,26 @@ def step_options(args):
     )
 
 
+def step_batch(args, data, options):
+    """One batch and the state of all generators, for every runner the same."""
+    rng = torch.Generator().manual_seed(0)
+    captions = tagsdc.draw_pairs(data.splits["train"], options.pool, rng)
+    shape = (options.batch_size, options.maskings, 0.15, options.writer_sees)
+    torch.manual_seed(0)
+    return tagsdc.make_batch(data, "train", captions, *shape, rng).to(args.device)
+
+
 def step_ours(args, model, data, options, dtype):
     model.train()
-    rng = torch.Generator().manual_seed(0)
-    device_rng = torch.Generator(args.device).manual_seed(0)
-    options.dtype = str(dtype).removeprefix("torch.")
-    loss, _ = tagsdc.tailored_step(
-        model, model, data, options, WEIGHTS, args.device, rng, device_rng
-    )
+    batch = step_batch(args, data, options)
+    settings = tagsdc.settings_of(options, data.tokenizer, args.device, dtype)
+    loss, _ = tagsdc.tailored_step(model, model, batch, WEIGHTS, settings)
     loss.backward()
     return loss.detach()
 
 
 def step_plain(args, plain, data, options):
-    rng = torch.Generator().manual_seed(0)
-    device_rng = torch.Generator(args.device).manual_seed(0)
-    loss = plain_step(plain, data, options, rng, device_rng, args.device)
+    loss = plain_step(plain, data, step_batch(args, data, options), options)
     loss.backward()
     return loss.detach()
 
