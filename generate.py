@@ -14,12 +14,13 @@ Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K 
 N = M * K candidates, H kept negatives, C captions of an image, V vocabulary, W words of it that
 may be written, q masked positions of all sentences together. Every mask: True = real / usable.
 
-A worked example, M = 1, K = 2, H = 1 (phrases: "two dogs", "running", "on", "grass"):
+A worked example, M = 1, K = 3, H = 1 (phrases: "two", "dogs", "running on", "grass"):
 
-    [CLS] two dogs running on grass [SEP]          the caption
-    [CLS] [MASK] [MASK] running on grass [SEP]     mask_phrases; labels -1 two dogs -1 -1 -1 -1
-    [CLS] two dogs running on grass [SEP]          refill_masks; dropped: the caption itself
-    [CLS] three cows running on grass [SEP]        kept; labels -1 two dogs -1 -1 -1 -1
+    [CLS] two dogs running on grass [SEP]      the caption
+    [CLS] two [MASK] running on grass [SEP]    mask_phrases; labels -1 -1 dogs -1 -1 -1 -1
+    [CLS] two dogs running on grass [SEP]      refill_masks; dropped: it is the caption
+    [CLS] two cats running on grass [SEP]      the matcher scores it 0.7: kept
+    [CLS] two cars running on grass [SEP]      the matcher scores it 0.2: not the hardest
 
 Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
 or `match` raises NotFiniteError on a CPU alone; a GPU does not use a sentence with a NaN score."""

@@ -898,6 +898,8 @@ def check_phases(parser, args):
         parser.error(f"--phases {' '.join(args.phases)}: name each phase once")
     plan = plan_phases(args)
     if not plan:
+        if not os.path.exists(args.init):
+            parser.error(f"--init {args.init}: no such file or folder")
         parser.error("--init, so no warm-up, and no other phase in --phases")
     for phase in plan:
         if phase.steps == 0:
@@ -907,7 +909,7 @@ def check_phases(parser, args):
 # ---- the phases of a run -----------------------------------------------------------------------
 
 WORDS_FIRST = 0.8  # share of a warm-up from scratch with masked words alone, before matching
-ALIGN_FIRST = 0.2  # share of a warm-up from BERT in which regions are aligned with words
+ALIGN_STEPS = 500  # of a warm-up from BERT in which regions are aligned with words; cheap ones
 
 
 class Phase(NamedTuple):
@@ -951,8 +953,8 @@ def plan_phases(args):
 def plan_warmup(args, steps):
     """The two parts of a warm-up; of a single step the second one alone."""
     from_bert = is_bert(args.init)
-    share = ALIGN_FIRST if from_bert else WORDS_FIRST
-    first = min(round(share * steps), max(steps - 1, 0))
+    first = min(ALIGN_STEPS, steps // 4) if from_bert else round(WORDS_FIRST * steps)
+    first = min(first, max(steps - 1, 0))
     if from_bert:
         plan = [Phase("warmup", "align", first, {"align": 1.0}, ALIGN_LR)]
         matching = {"mlm": 0.5, "itm": 1.0}
