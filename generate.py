@@ -50,9 +50,10 @@ def mask_phrases(
 ):
     """Masks whole phrases of each caption, M times over.
     input_ids: (B, T) integers. phrases: (B, P, T) bool, which token belongs to which phrase (see
-        `phrase_masks`); of a caption without any, and of all if phrases is None, every word is one.
+        `phrase_masks`). In a caption without any, or if this is None, every word is a phrase.
     vocabulary_range: (first, end) of the ordinary words; special tokens are never masked.
-    probability: of each phrase; if none of a caption is drawn, one at random is.
+    probability: with which each phrase is masked (less where phrases overlap); if none of a caption
+        is drawn, one at random is.
     Returns masked ids and labels, both (B, M, T); a label is the original word where it was
     masked, -1 elsewhere. Of the masked words 80% show mask_id, 10% a random one, 10% themselves."""
     first, end = vocabulary_range
@@ -127,8 +128,9 @@ def refill_masks(
 ):
     """Draws every masked position anew from softmax(logits / temperature), K times.
     masked, labels: (B, M, T) from `mask_phrases`; labels may lie on the CPU.
-    truth_threshold: a word that the own image makes more probable than this is likely true of it,
-        and not drawn unless it is the original; 1 = off, as in the paper.
+    truth_threshold: a word to which the own image gives a higher probability than this, among the
+        words allowed, is likely true of it, and not drawn unless it is the original; 1 = off, as in
+        the paper.
     writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
         in the paper. With another one (`other_images`) a truth_threshold costs one pass more.
     allowed: (V,) bool, the words that may be written; None = all. In place of a word that is not
@@ -159,17 +161,17 @@ def refill_masks(
         originals = (targets[places, None].long() - first).to(device, non_blocking=True)  # (q, 1)
         places = places.to(device, non_blocking=True)
         logits = word_logits(fill, ids, images[chunk], places, vocabulary_range)  # (q, W)
+        barred = torch.zeros_like(logits, dtype=torch.bool)
         if allowed is not None:
-            same_kind = allowed[first:end] == allowed[originals + first]  # (q, W)
-            logits = logits.masked_fill(~same_kind, -math.inf)
+            barred = allowed[first:end] != allowed[originals + first]  # (q, W)
         if truth_threshold < 1:
             belief = logits
             if writer_images is not None:
                 belief = word_logits(fill, ids, own_images[chunk], places, vocabulary_range)
+            belief = word_probabilities(belief.masked_fill(barred, -math.inf))
             # The original may return, so that single words of a phrase can be wrong.
-            likely_true = word_probabilities(belief) > truth_threshold
-            barred = likely_true.scatter(1, originals, False)
-            logits = logits.masked_fill(barred, -math.inf)
+            barred = barred | (belief > truth_threshold).scatter(1, originals, False)
+        logits = logits.masked_fill(barred, -math.inf)
         # Two draws or more: to check a single one torch would wait for a GPU.
         chances = word_probabilities(logits / temperature)
         words = torch.multinomial(chances, max(refills, 2), replacement=True, generator=generator)
@@ -215,7 +217,8 @@ def usable_candidates(candidates, input_ids, captions, pad_id):
     """Which candidates (B, N, T) are negatives: neither the caption (B, T) that they were made
     from, nor another caption (B, C, T') of its image, nor equal to an earlier one -> (B, N)."""
     T = candidates.size(2)
-    # Equal sentences have equal keys, others all but never.
+    # Pairs are compared by a random key of each sentence, since comparing all N x N x T ids would
+    # take much memory. Equal sentences have equal keys, others all but never.
     factors = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0))
     keys = (candidates * factors.to(candidates.device, non_blocking=True)).sum(2)  # (B, N)
     repeats = (keys[:, :, None] == keys[:, None]).tril(-1).any(2)
@@ -224,7 +227,8 @@ def usable_candidates(candidates, input_ids, captions, pad_id):
 
 
 def score_candidates(match, candidates, usable, chunk_size):
-    """Matching logits (B, N), each with its own image; on a CPU 0 where not usable, unscored."""
+    """Matching logits (B, N) of candidates with the image of their row. On a CPU unusable ones get
+    0 without being scored."""
     B, N, T = candidates.shape
     flat = candidates.flatten(0, 1)  # (B * N, T)
     wanted = torch.arange(B * N, device=flat.device)
@@ -274,7 +278,8 @@ def tailor_negatives(
     chunk_size=512,
     generator=None,
 ):
-    """Writes the H hardest false sentences for each caption: mask, refill, filter, select.
+    """Writes hard negatives for each caption: mask, refill, filter, select. A sentence that equals
+    no known caption of the image counts as a negative, even if it happens to be true.
     fill, match: see the top of the file. input_ids: (B, T), the captions, padded with pad_id.
     captions: (B, C, T'), all true captions of each image, padded with pad_id.
     mask_id, vocabulary_range, phrases, maskings, probability: as in `mask_phrases`.
@@ -311,7 +316,7 @@ def tailor_negatives(
     scores = score_candidates(match, candidates, usable, chunk_size)  # (B, N)
     index, valid = select_hardest(scores, usable, hard)  # (B, H) each
     sentences = candidates.gather(1, index[..., None].expand(-1, -1, candidates.size(2)))
-    # The caption itself where a row ran out: an encoder never sees a sentence without a token.
+    # Where a row ran out of usable candidates the caption itself stands, with labels of -1.
     sentences = sentences.where(valid[..., None], input_ids[:, None])
     replaced = sentences != input_ids[:, None]
     return Negatives(sentences, valid, torch.where(replaced, input_ids[:, None], -1))

@@ -9,7 +9,7 @@ Letters: B pairs, H negatives of a pair, N pairs of a list, T text positions, V 
 size.
 s(I, T) is the sigmoid of a matching logit; [x]+ is max(x, 0). In every mask True means real or
 usable, and None that all entries are. Every negative label (-1, -100) means: no target here.
-Each term is a mean over its usable entries; without any it is 0 and passes a zero gradient."""
+Each term of TAGS-DC is a mean over its usable entries; without any it is 0, its gradient too."""
 
 import math
 
@@ -20,7 +20,8 @@ FLOOR = math.log(1e-10)  # as in the official code p is at least 1e-10, and has 
 
 
 def masked_mean(values, valid=None):
-    """Mean of the valid values; the others may be NaN: (...) float, (...) bool -> ()."""
+    """Mean of the valid values: (...) float, (...) bool -> (). The others have no say, even if they
+    are NaN; but then what they were computed from may get a gradient of NaN."""
     if valid is None:
         valid = torch.ones_like(values, dtype=torch.bool)
     if values.shape != valid.shape:
@@ -72,10 +73,11 @@ def masked_lm_loss(logits, labels):
 
 def word_discrimination_loss(logits, replaced, text_mask, *, original_weight=0.11):
     """L_wod (3.4): mean over the real positions, [CLS] and [SEP] too, of -log p(replaced) where a
-    word was replaced and, as few are, -original_weight * log p(original) elsewhere; p >= 1e-10.
-    logits: (B, T, 2) float, class 1 = original, 0 = replaced. replaced, text_mask: (B, T) bool."""
-    log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (B, T, 2)
-    cost = torch.where(replaced, -log_p[..., 0], -original_weight * log_p[..., 1])  # (B, T)
+    word was replaced and -original_weight * log p(original) elsewhere: few words are replaced.
+    Every p is taken to be at least 1e-10. logits: (..., T, 2) float, class 1 = original, 0 =
+    replaced. replaced, text_mask: (..., T) bool; in `replaced` True means replaced."""
+    log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (..., T, 2)
+    cost = torch.where(replaced, -log_p[..., 0], -original_weight * log_p[..., 1])  # (..., T)
     return masked_mean(cost, text_mask)
 
 

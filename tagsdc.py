@@ -4,8 +4,9 @@ Reading order: `tailored_step`, a step of TAGS-DC, and what it calls; `warmup_st
 options, `Trainer.train` and `run`.
 
 Letters: B anchor pairs of a step, P pairs of its retrieval pool (the anchors first), T text
-positions, R regions, F feature size, M maskings, K refills, H hard negatives, C captions of an
-image, D hidden size, q masked words of all anchors. Every mask: True = real / usable."""
+positions (of the anchors alone, where there are no others), R regions, F feature size, M maskings,
+K refills, H hard negatives, C captions of an image, D hidden size, V vocabulary, q masked words of
+all anchors. Every mask: True = real / usable."""
 
 import argparse
 import contextlib
@@ -59,7 +60,7 @@ WARMUP_MASK_PROBABILITY = 0.3  # more, since nothing but masked words is learnt 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step must know beside its model, batch and weights."""
+    """What a step must know besides its model, batch and weights."""
 
     tokenizer: datasets.WordPiece
     device: str
@@ -74,8 +75,8 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """P pairs, the first B of which are the anchors that a step learns from. All lies on the device
-    but the labels: what a step must know of them in advance is found without asking the device."""
+    """P pairs, the first B of which are the anchors that a step learns from. The labels stay on the
+    CPU, so that a step need not wait for the device to know how many words are masked."""
 
     input_ids: torch.Tensor  # (P, T)
     true_captions: torch.Tensor  # (P, C, T') of each image
@@ -84,7 +85,7 @@ class Batch(NamedTuple):
     region_mask: torch.Tensor  # (P, R)
     masked: torch.Tensor  # (B, M, T) the anchors' captions, with masked words
     labels: torch.Tensor  # (B, M, T) the words there, -1 elsewhere; on the CPU
-    places: torch.Tensor  # (q,) of the masked words, flat in `masked`
+    places: torch.Tensor  # (q,) of the masked words, flat in `masked`; padded, see make_batch
     targets: torch.Tensor  # (q,) the words there; -1 where the list is padded
     writer_images: torch.Tensor  # (B, M) the image that the writer looks at
 
@@ -102,8 +103,8 @@ def draw_pairs(split, count, rng):
 
 
 def make_batch(data, split, captions, B, maskings, probability, writer_sees, rng):
-    """The Batch of P captions, given by index, and their images, on the CPU. All that is random in
-    it is drawn by rng. writer_sees: "own" or "other"."""
+    """The Batch of P captions, given by index, and their images, on the CPU. Whatever is random in
+    it comes from rng. writer_sees: "own" or "other"."""
     tokenizer = data.tokenizer
     images = data.splits[split].image_of_caption[captions]
     input_ids = data.text(split, captions)
@@ -152,8 +153,8 @@ def masked_words_loss(model, images, batch, pad_id):
     texts = model.prepare_text(ids, ids != pad_id)
     row = torch.arange(len(ids), device=ids.device)
     hidden = model.encode_pairs(texts, row, images, row // M, first=T)  # (B * M, T, D)
-    words = hidden.flatten(0, 1).index_select(0, batch.places)  # (q, D)
-    return masked_lm_loss(model.fill(words), batch.targets)
+    hidden = hidden.flatten(0, 1).index_select(0, batch.places)  # (q, D)
+    return masked_lm_loss(model.fill(hidden), batch.targets)
 
 
 def weighted_sum(terms, weights):
@@ -170,7 +171,7 @@ def tailored_step(model, writer, batch, weights, settings):
         L = L_hard + a L_tags + b L_mlm + c L_wod + d L_woc
 
     with those terms that are among the weights, {name: weight}. writer: the network that writes
-    the negatives: the model, or a frozen copy of it.
+    the negatives, which is the model or a frozen copy of it.
     Returns the loss, a scalar with gradient, and {name: scalar} of what the log shows."""
     pad_id = settings.tokenizer.pad_id
     margin = settings.margin
@@ -179,36 +180,37 @@ def tailored_step(model, writer, batch, weights, settings):
     written = None
     with evaluate.inference(model, settings.device, settings.dtype):
         texts, images = prepare(model, batch, pad_id)
-        hard_images, hard_texts = retrieve_negatives(model, texts, images, batch, settings)  # 3.2
+        wrong_images, wrong_texts = retrieve_negatives(model, texts, images, batch, settings)  # 3.2
         if weights.keys() & {"tags", "wod", "woc"}:
             written = write_negatives(model, writer, images, batch, settings)  # 3.3
 
     # With gradient: the true pairs and what was found hard.
     with autocast(settings.device, settings.dtype):
         texts, images = prepare(model, batch, pad_id)
-        positive, to_images, to_texts = score_retrieved(
-            model, texts, images, hard_images.index, hard_texts.index
+        positive, image_scores, text_scores = score_retrieved(  # (B,), (B, H), (B, H)
+            model, texts, images, wrong_images.index, wrong_texts.index
         )
-        hard_image = triplet_loss(positive, to_images, margin=margin, valid=hard_images.valid)
-        hard_text = triplet_loss(positive, to_texts, margin=margin, valid=hard_texts.valid)
-        terms = {"hard": hard_image + hard_text}
-        shown = {"hard_image": hard_image, "hard_text": hard_text, "positive": positive.mean()}
-        shown["retrieved"] = masked_mean(to_texts, hard_texts.valid)
+        by_image = triplet_loss(positive, image_scores, margin=margin, valid=wrong_images.valid)
+        by_text = triplet_loss(positive, text_scores, margin=margin, valid=wrong_texts.valid)
+        terms = {"hard": by_image + by_text}
+        shown = {"hard_image": by_image, "hard_text": by_text, "positive": positive.mean()}
+        shown["retrieved"] = masked_mean(text_scores, wrong_texts.valid)
         if written is not None:
-            scores, words = encode_written(model, images, written.sentences, pad_id)
+            scores, hidden = encode_written(model, images, written.sentences, pad_id)
             shown["synthetic"] = masked_mean(scores, written.valid)
             shown["kept"] = written.valid.float().mean()
         if "tags" in weights:
             terms["tags"] = triplet_loss(positive, scores, margin=margin, valid=written.valid)
         if "wod" in weights:  # which words were replaced?
             real = (written.sentences != pad_id) & written.valid[..., None]  # (B, H, T)
-            terms["wod"] = word_discrimination_loss(
-                model.discriminate(words), written.labels >= 0, real
-            )
+            logits = model.discriminate(hidden)  # (B, H, T, 2)
+            terms["wod"] = word_discrimination_loss(logits, written.labels >= 0, real)
         if "woc" in weights:  # which words stood there?
-            replaced, labels = replaced_words(words, written.labels, batch.labels)
+            replaced, labels = replaced_words(hidden, written.labels, batch.labels)
             terms["woc"] = word_correction_loss(model.correct(replaced), labels)
-        if "mlm" in weights:  # the writer learns from the same masked captions
+        if (
+            "mlm" in weights
+        ):  # the masked-LM head, which writes, learns from the same masked captions
             terms["mlm"] = masked_words_loss(model, images, batch, pad_id)
         loss = weighted_sum(terms, weights)
     return loss, detached({"loss": loss, **terms, **shown})
@@ -223,21 +225,23 @@ class Retrieved(NamedTuple):
 
 def retrieve_negatives(model, texts, images, batch, settings):
     """The hardest images of the pool for each anchor caption, and the hardest captions for each
-    anchor image (section 3.2); none of them is true -> Retrieved images, Retrieved captions."""
+    anchor image (section 3.2), of those that are not known to belong together
+    -> Retrieved images, Retrieved captions."""
     pad_id = settings.tokenizer.pad_id
     ids = batch.input_ids
     P = len(ids)
     B = len(batch.masked)
     anchors = torch.arange(B, device=ids.device)
     pool = torch.arange(P, device=ids.device)
-    # Every anchor caption with every image, then the other captions with the anchor images.
+    # Every anchor caption with every image, B * P pairs; then the other P - B captions with every
+    # anchor image.
     text_index = torch.cat((anchors.repeat_interleave(P), pool[B:].repeat_interleave(B)))
     image_index = torch.cat((pool.repeat(B), anchors.repeat(P - B)))
     scores = model.score_pairs(texts, text_index, images, image_index, settings.score_batch)
     image_scores = scores[: B * P].view(B, P)
     text_scores = torch.cat((image_scores[:, :B], scores[B * P :].view(P - B, B))).T  # (B, P)
 
-    true = batch.true_captions
+    true = batch.true_captions  # (P, C, T)
     false_images = ~generate.equals_a_caption(ids[:B].expand(P, B, -1), true, pad_id).T  # (B, P)
     false_texts = ~generate.equals_a_caption(ids.expand(B, P, -1), true[:B], pad_id)  # (B, P)
     H = min(settings.retrieved, P)
@@ -246,17 +250,17 @@ def retrieve_negatives(model, texts, images, batch, settings):
     return Retrieved(*hard_images), Retrieved(*hard_texts)
 
 
-def score_retrieved(model, texts, images, hard_images, hard_texts):
-    """Scores of the true pairs (B,), of each anchor caption with its hard images (B, H), and of
-    each anchor image with its hard captions (B, H). hard_images, hard_texts: (B, H) indices."""
-    B, H = hard_images.shape
-    pair = torch.arange(B, device=hard_images.device)
+def score_retrieved(model, texts, images, wrong_images, wrong_texts):
+    """Scores of the true pairs (B,), of each anchor caption with its wrong images (B, H), and of
+    each anchor image with its wrong captions (B, H). wrong_images, wrong_texts: (B, H) indices."""
+    B, H = wrong_images.shape
+    pair = torch.arange(B, device=wrong_images.device)
     anchor = pair.repeat_interleave(H)  # (B * H,)
-    text_index = torch.cat((pair, anchor, hard_texts.flatten()))
-    image_index = torch.cat((pair, hard_images.flatten(), anchor))
+    text_index = torch.cat((pair, anchor, wrong_texts.flatten()))
+    image_index = torch.cat((pair, wrong_images.flatten(), anchor))
     scores = model.score_pairs(texts, text_index, images, image_index).sigmoid()
-    positive, to_images, to_texts = scores.split((B, B * H, B * H))
-    return positive, to_images.view(B, H), to_texts.view(B, H)
+    positive, image_scores, text_scores = scores.split((B, B * H, B * H))
+    return positive, image_scores.view(B, H), text_scores.view(B, H)
 
 
 def write_negatives(model, writer, images, batch, settings):
@@ -299,7 +303,7 @@ def write_negatives(model, writer, images, batch, settings):
 
 
 def encode_written(model, images, sentences, pad_id):
-    """Sentences (B, H, T), each with its own image: scores (B, H) and words (B, H, T, D)."""
+    """Sentences (B, H, T), each with the image of its row: scores (B, H), hidden (B, H, T, D)."""
     B, H, T = sentences.shape
     ids = sentences.flatten(0, 1)  # (B * H, T)
     texts = model.prepare_text(ids, ids != pad_id)
@@ -308,15 +312,16 @@ def encode_written(model, images, sentences, pad_id):
     return model.match(hidden).sigmoid().view(B, H), hidden.unflatten(0, (B, H))
 
 
-def replaced_words(words, labels, masked_labels):
-    """The encoded words (B, H, T, D) at the replaced places alone, as the vocabulary is large:
-    (B, H, L, D) and their labels (B, H, L), where L is the most words that a masking hides.
-    masked_labels: (B, M, T) of the maskings, on the CPU, so that L is known without waiting."""
-    L = int((masked_labels >= 0).sum(2).max())
+def replaced_words(hidden, labels, masked_labels):
+    """The hidden states (B, H, T, D) of the replaced words alone, since word logits at all places
+    would take much memory: (B, H, Q, D), and their labels (B, H, Q), -1 where a sentence has fewer.
+    masked_labels: (B, M, T) of the maskings, on the CPU; the most words that one of them hides are
+    Q, which is so known without waiting for the device."""
+    Q = int((masked_labels >= 0).sum(2).max())
     replaced = labels >= 0  # (B, H, T)
-    places = replaced.byte().topk(L, dim=2).indices  # (B, H, L), the replaced ones first
-    index = places[..., None].expand(-1, -1, -1, words.size(3))
-    return words.gather(2, index), labels.gather(2, places)
+    places = replaced.byte().topk(Q, dim=2).indices  # (B, H, Q), the replaced ones first
+    index = places[..., None].expand(-1, -1, -1, hidden.size(3))
+    return hidden.gather(2, index), labels.gather(2, places)
 
 
 def detached(values):
@@ -335,8 +340,8 @@ def warmup_step(model, batch, weights, candidates, settings):
 
         L = e L_mlm + f L_itm
 
-    masked words and, once "itm" is among the weights, matching against wrong partners, each drawn
-    by its score among so many candidates, as in ALBEF; of 1 candidate, at random.
+    masked words and, once "itm" is among the weights, image-text matching against wrong partners.
+    candidates: among so many others each partner is drawn by its score, as in ALBEF; 1 = at random.
     Returns what `tailored_step` does."""
     pad_id = settings.tokenizer.pad_id
 
@@ -544,7 +549,7 @@ def add_negatives_options(group):
     add("--maskings", metavar="N", type=COUNT, default=4, help=help)
     help = "refills of a masking [%(default)s; paper: 20]"
     add("--refills", metavar="N", type=COUNT, default=4, help=help)
-    help = "of the refilling [%(default)s; paper: 1.5]"
+    help = "of the softmax that refills are drawn from [%(default)s; paper: 1.5]"
     add("--temperature", metavar="X", type=POSITIVE, default=1.0, help=help)
     help = "whose picture the writer looks at: own, other [%(default)s; paper: own]"
     sees = ("own", "other")
@@ -582,7 +587,7 @@ def add_run_options(group):
     add("--dtype", metavar="NAME", choices=dtypes, default="auto", help=help)
     help = "steps between two lines of the log, each with a checkpoint [%(default)s]"
     add("--log-every", metavar="N", type=COUNT, default=50, help=help)
-    help = "in a phase [%(default)s]"
+    help = "validations in a phase [%(default)s]"
     add("--validations", metavar="N", type=COUNT, default=2, help=help)
     help = "images that a validation looks at [%(default)s]"
     add("--val-images", metavar="N", type=COUNT, default=100, help=help)
@@ -590,7 +595,7 @@ def add_run_options(group):
     add("--test-images", metavar="N", type=COUNT_OR_NONE, help=help)
     help = "images whose written negatives the report analyses [%(default)s]"
     add("--analyse-images", metavar="N", type=COUNT, default=200, help=help)
-    help = "pairs in a pass without gradient [%(default)s; a GPU likes 2048]"
+    help = "pairs in a pass without gradient [%(default)s; 2048 suits a GPU]"
     add("--score-batch", metavar="N", type=COUNT, default=128, help=help)
     help = "keep the report's scores as scores.npy; an interrupted report goes on from them"
     add("--save-scores", action=SWITCH, default=False, help=help)

@@ -855,6 +855,29 @@ def test_a_word_gives_way_to_a_word_and_a_piece_to_a_piece():
     assert allowed[written].any() and not allowed[written].all()
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_is_likely_true_is_judged_among_the_words_allowed(elsewhere):
+    """Word 6 has 9% of all words and a half of those that are allowed beside the original."""
+    logits = torch.zeros(END)
+    logits[[7, 8, 9]] = 3.0
+    allowed = torch.zeros(END, dtype=torch.bool)
+    allowed[[5, 6]] = True
+    captions = torch.tensor([sentence(5, length=4)] * 2)
+    masked, labels = mask(captions, None, 1)
+    made = generate.refill_masks(
+        lambda ids, images, places: logits.expand(len(places), -1),
+        masked,
+        labels,
+        WORDS,
+        refills=50,
+        truth_threshold=0.3,
+        writer_images=torch.tensor([[1], [0]]) if elsewhere else None,
+        allowed=allowed,
+        generator=seeded(),
+    )
+    assert set(made[:, :, 1].flatten().tolist()) == {5}
+
+
 def test_padding_must_be_told():
     with pytest.raises(TypeError, match="pad_id"):
         generate.tailor_negatives(
