@@ -19,8 +19,8 @@ A worked example, M = 1, K = 3, H = 1 (phrases: "two", "dogs", "running on", "gr
     [CLS] two dogs running on grass [SEP]      the caption
     [CLS] two [MASK] running on grass [SEP]    mask_phrases; labels -1 -1 dogs -1 -1 -1 -1
     [CLS] two dogs running on grass [SEP]      refill_masks; dropped: it is the caption
-    [CLS] two cats running on grass [SEP]      the matcher scores it 0.7: kept
-    [CLS] two cars running on grass [SEP]      the matcher scores it 0.2: not the hardest
+    [CLS] two children running on grass [SEP]  the matcher scores it 0.71: kept
+    [CLS] two horses running on grass [SEP]    the matcher scores it 0.62: not the hardest
 
 Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
 or `match` raises NotFiniteError on a CPU alone; a GPU does not use a sentence with a NaN score."""
