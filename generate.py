@@ -8,7 +8,10 @@ two callables, both in eval mode (dropout would blur the words drawn and the sco
 
     fill(input_ids (n, T), image_index (n,), places (q,)) -> word logits (q, V) at `places`, flat
         positions in (n, T): encoder(input_ids, image_index).flatten(0, 1)[places], projected
-    match(input_ids (n, T), image_index (n,)) -> matching logits (n,)
+    match(input_ids (n, T), image_index (n,)) -> matching logits (n,), or any score; higher = better
+
+image_index says to which row of the batch, 0 .. B - 1, the image belongs. There may be no place to
+fill, q = 0.
 
 Letters: B pairs, T text positions, P phrases of a caption, M maskings of it, K refills of each,
 N = M * K candidates, H kept negatives, C captions of an image, V vocabulary, W words of it that
@@ -23,7 +26,8 @@ A worked example, M = 1, K = 3, H = 1 (phrases: "two", "dogs", "running on", "gr
     [CLS] two horses running on grass [SEP]    the matcher scores it 0.62: not the hardest
 
 Nothing here waits for a GPU, if the labels of `mask_phrases` lie on the CPU. So NaN from `fill`
-or `match` raises NotFiniteError on a CPU alone; a GPU does not use a sentence with a NaN score."""
+or `match` raises NotFiniteError on a CPU alone; on a GPU any word may be written where `fill` gave
+NaN, and a sentence whose score is not finite is not used."""
 
 import math
 import re
@@ -61,14 +65,16 @@ def mask_phrases(
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is not in 0..1")
     ordinary = (input_ids >= first) & (input_ids < end)  # (B, T)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        raise ValueError(f"input_ids must be (B, T) integers of 32 or 64 bits, got {found}")
     B, T = input_ids.shape
     device = input_ids.device
     if phrases is None:
         phrases = ordinary.new_zeros(B, 0, T)
-    if phrases.dim() != 3 or phrases.shape[::2] != (B, T):
-        raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}), got {tuple(phrases.shape)}")
+    if phrases.dim() != 3 or phrases.shape[::2] != (B, T) or phrases.dtype != torch.bool:
+        found = f"{phrases.dtype} {tuple(phrases.shape)}"
+        raise ValueError(f"phrases must be (B, P, T) = ({B}, P, {T}) torch.bool, got {found}")
     # Phrases of ordinary words alone; a caption without any gets one for each word.
     phrases = phrases & ordinary[:, None]  # (B, P, T)
     without = ~phrases.flatten(1).any(1)  # (B,)
@@ -133,9 +139,9 @@ def refill_masks(
         the paper.
     writer_images: (B, M) long, the image that `fill` looks at for each masking; None = its own, as
         in the paper. With another one (`other_images`) a truth_threshold costs one pass more.
-    allowed: (V,) bool, the words that may be written; None = all. In place of a word that is not
-        among them only others of that kind are written: with whole words allowed, a ## piece of
-        BERT's vocabulary gives way to pieces alone.
+    allowed: (V,) bool: a word for which it is True gives way to such words alone, and so do those
+        for which it is False to each other. With True for whole words and False for the ## pieces
+        of BERT's vocabulary, a word is refilled with words and a piece with pieces. None = any.
     chunk_size: sentences in one call of `fill`.
     Returns candidates (B, M * K, T): the K refills of masking 0, then those of masking 1, ..."""
     if chunk_size < 1:
@@ -182,7 +188,8 @@ def refill_masks(
 
 
 def other_images(B, M, generator=None, device=None):
-    """For each masking an image of the batch (B, M) long, never its own unless B is 1."""
+    """For each masking another row of the batch, whose image the writer is to see: (B, M) long. Its
+    own only if B is 1; if an image may stand in several rows, choose the rows yourself."""
     step = torch.randint(1, max(B, 2), (B, M), generator=generator, device=device)
     return (torch.arange(B, device=device)[:, None] + step) % B
 
@@ -281,9 +288,12 @@ def tailor_negatives(
     """Writes hard negatives for each caption: mask, refill, filter, select. A sentence that equals
     no known caption of the image counts as a negative, even if it happens to be true.
     fill, match: see the top of the file. input_ids: (B, T), the captions, padded with pad_id.
-    captions: (B, C, T'), all true captions of each image, padded with pad_id.
+    captions: (B, C, T'), all true captions of each image, with the special tokens of input_ids and
+        padded with pad_id on the right, too. What is compared are ids: two spellings of one text
+        by other word pieces count as different.
     mask_id, vocabulary_range, phrases, maskings, probability: as in `mask_phrases`.
-    masks: (masked, labels) of `mask_phrases`, to be shared with masked LM; None = drawn here.
+    masks: (masked, labels) of `mask_phrases`, to be shared with masked LM, in place of phrases,
+        maskings and probability; None = drawn here.
     refills, temperature, truth_threshold, writer_images, allowed: as in `refill_masks`.
     hard: H, at most M * K. chunk_size: sentences in one call of fill or match.
     Returns Negatives. Valid sentences are pairwise different within a row, hardest first, and
@@ -327,9 +337,10 @@ def tailor_negatives(
 
 def phrase_masks(phrases, word_of_token):
     """The phrases of a caption as rows for `mask_phrases`.
-    phrases: a list of word positions each, of `parse_phrases` say. word_of_token: (T,) integers,
-        which word each token is a piece of; -1 = none, as [CLS] and [SEP].
+    phrases: what `parse_phrases` returns, or the word positions of each phrase alone.
+    word_of_token: (T,) integers, which word each token is a piece of; -1 = none, as of [CLS].
     Returns (P, T) bool, of the phrases that have a token; of none, a row for each word."""
+    phrases = [phrase[1] if isinstance(phrase, tuple) else phrase for phrase in phrases]
     word_of_token = torch.as_tensor(word_of_token).tolist()
     if not any(word in phrase for phrase in phrases for word in word_of_token):
         phrases = [[word] for word in sorted({*word_of_token} - {-1})]

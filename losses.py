@@ -24,8 +24,9 @@ def masked_mean(values, valid=None):
     are NaN; but then what they were computed from may get a gradient of NaN."""
     if valid is None:
         valid = torch.ones_like(values, dtype=torch.bool)
-    if values.shape != valid.shape:
-        raise ValueError(f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}")
+    if values.shape != valid.shape or valid.dtype != torch.bool:
+        found = f"values are {tuple(values.shape)}, but valid is {tuple(valid.shape)}"
+        raise ValueError(f"{found} {valid.dtype}; torch.bool is wanted")
     total = torch.where(valid, values, 0.0).sum()
     return total / valid.sum().clamp(min=1)
 
@@ -76,6 +77,8 @@ def word_discrimination_loss(logits, replaced, text_mask, *, original_weight=0.1
     word was replaced and -original_weight * log p(original) elsewhere: few words are replaced.
     Every p is taken to be at least 1e-10. logits: (..., T, 2) float, class 1 = original, 0 =
     replaced. replaced, text_mask: (..., T) bool; in `replaced` True means replaced."""
+    if replaced.dtype != torch.bool:
+        raise ValueError(f"replaced must be torch.bool, got {replaced.dtype}")
     log_p = logits.float().log_softmax(-1).clamp(min=FLOOR)  # (..., T, 2)
     cost = torch.where(replaced, -log_p[..., 0], -original_weight * log_p[..., 1])  # (..., T)
     return masked_mean(cost, text_mask)

@@ -164,6 +164,8 @@ def weighted_sum(terms, weights):
 
 # ---- TAGS-DC -----------------------------------------------------------------------------------
 
+TERMS_OF_WRITTEN = {"tags", "wod", "woc"}  # which learn from written negatives
+
 
 def tailored_step(model, writer, batch, weights, settings):
     """One step of TAGS-DC (section 3.5 of the paper), up to the loss:
@@ -181,7 +183,7 @@ def tailored_step(model, writer, batch, weights, settings):
     with evaluate.inference(model, settings.device, settings.dtype):
         texts, images = prepare(model, batch, pad_id)
         wrong_images, wrong_texts = retrieve_negatives(model, texts, images, batch, settings)  # 3.2
-        if weights.keys() & {"tags", "wod", "woc"}:
+        if weights.keys() & TERMS_OF_WRITTEN:
             written = write_negatives(model, writer, images, batch, settings)  # 3.3
 
     # With gradient: the true pairs and what was found hard.
@@ -338,7 +340,7 @@ ALIGN_LR = 2e-3
 def warmup_step(model, batch, weights, candidates, settings):
     """One step of the warm-up, up to the loss:
 
-        L = e L_mlm + f L_itm
+        L = L_itm + e L_mlm
 
     masked words and, once "itm" is among the weights, image-text matching against wrong partners.
     candidates: among so many others each partner is drawn by its score, as in ALBEF; 1 = at random.
@@ -464,7 +466,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage="python tagsdc.py [options]",
         description="TAGS-DC: an image-text matcher learns from negatives that it writes itself. "
-        "In [] stands what an option is if it is not given.",
+        "Defaults are in [].",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
     )
     add_tasks(parser.add_argument_group("what to do (without any of these: train)"))
@@ -498,9 +500,9 @@ def add_data_options(group):
     add("--skip-bad", action=SWITCH, default=False, help="leave out unusable images")
     help = "images of the scenes in train, val and test [1000 100 250]"
     add("--scenes", metavar="N", type=COUNT, nargs=3, default=[1000, 100, 250], help=help)
-    help = "tokens of a text; what is beyond is cut off [%(default)s]"
+    help = "tokens of a text; longer ones are cut off [%(default)s]"
     add("--max-text", metavar="N", type=COUNT, default=64, help=help)
-    help = "of a new network: tiny, small; base and large as in the paper [tiny]"
+    help = "size of a new network: tiny, small, or base and large as in the paper [tiny]"
     add("--size", metavar="NAME", choices=PRESETS, help=help)
     help = "start from our checkpoint, UNITER's weights, or the folder of a BERT"
     add("--init", metavar="FILE", help=help)
@@ -510,7 +512,7 @@ def add_data_options(group):
         metavar="X",
         type=dropout,
         default=0.0,
-        help="dropout [%(default)s; paper: 0.1]",
+        help="share of zeroed activations [%(default)s; paper: 0.1]",
     )
 
 
@@ -518,7 +520,7 @@ def add_training_options(group):
     add = group.add_argument
     help = "options in one word: paper, coco-base-1, coco-base-2, bert-coco, ..., see README.md"
     add("--recipe", metavar="NAME", choices=RECIPES, help=help)
-    help = "of the optimiser, in all phases together [%(default)s]"
+    help = "steps of the optimiser over all phases [%(default)s]"
     add("--steps", metavar="N", type=COUNT, default=3250, help=help)
     phases = ["warmup=10", "dc=3"]
     help = "of warmup, tags and dc, with shares of the steps [warmup=10 dc=3]"
@@ -549,12 +551,12 @@ def add_negatives_options(group):
     add("--maskings", metavar="N", type=COUNT, default=4, help=help)
     help = "refills of a masking [%(default)s; paper: 20]"
     add("--refills", metavar="N", type=COUNT, default=4, help=help)
-    help = "of the softmax that refills are drawn from [%(default)s; paper: 1.5]"
+    help = "sampling temperature of the refilling [%(default)s; paper: 1.5]"
     add("--temperature", metavar="X", type=POSITIVE, default=1.0, help=help)
     help = "whose picture the writer looks at: own, other [%(default)s; paper: own]"
     sees = ("own", "other")
     add("--writer-sees", metavar="WHOSE", choices=sees, default="other", help=help)
-    help = "likelier words are not written, as they may be true [%(default)s; paper: 1, off]"
+    help = "words more probable than this may be true: not written [%(default)s; paper: 1, off]"
     add("--truth-threshold", metavar="X", type=SHARE, default=0.1, help=help)
     help = "the writer does not learn any more after the warm-up"
     add("--frozen-writer", action=SWITCH, default=False, help=help)
@@ -578,7 +580,7 @@ def add_run_options(group):
     add = group.add_argument
     add("--out", metavar="DIR", help="run directory [runs/ and the name of the data]")
     seed = number(int, 2**32, zero=True)
-    add("--seed", metavar="N", type=seed, default=0, help="of all randomness [%(default)s]")
+    add("--seed", metavar="N", type=seed, default=0, help="random seed [%(default)s]")
     devices = ("auto", "cpu", "cuda", "mps")
     help = "cpu, cuda, mps or auto [%(default)s]"
     add("--device", metavar="NAME", choices=devices, default="auto", help=help)
@@ -587,7 +589,7 @@ def add_run_options(group):
     add("--dtype", metavar="NAME", choices=dtypes, default="auto", help=help)
     help = "steps between two lines of the log, each with a checkpoint [%(default)s]"
     add("--log-every", metavar="N", type=COUNT, default=50, help=help)
-    help = "validations in a phase [%(default)s]"
+    help = "validations per phase [%(default)s]"
     add("--validations", metavar="N", type=COUNT, default=2, help=help)
     help = "images that a validation looks at [%(default)s]"
     add("--val-images", metavar="N", type=COUNT, default=100, help=help)
@@ -905,10 +907,10 @@ def check_phases(parser, args):
     if not plan:
         if not os.path.exists(args.init):
             parser.error(f"--init {args.init}: no such file or folder")
-        parser.error("--init, so no warm-up, and no other phase in --phases")
+        parser.error("--init leaves out the warm-up, and --phases has no other phase")
     for phase in plan:
         if phase.steps == 0:
-            parser.error(f"--steps {args.steps} leave none for {phase.name}: raise them")
+            parser.error(f"--steps {args.steps} leaves no step for {phase.name}; raise it")
 
 
 # ---- the phases of a run -----------------------------------------------------------------------
@@ -994,7 +996,7 @@ def passes_of_step(phase, args):
     B = args.batch_size
     scored = 2 * B * args.pool
     learnt = B * (1 + 2 * args.retrieved) + B * args.maskings
-    if phase.weights.keys() & {"tags", "wod", "woc"}:
+    if phase.weights.keys() & TERMS_OF_WRITTEN:
         asked_twice = args.writer_sees == "other" and args.truth_threshold < 1
         scored += B * args.maskings * (args.refills + (2 if asked_twice else 1))
         learnt += B * args.hard
@@ -1033,7 +1035,7 @@ def only_run_in(folder):
             text = f"{folder}: another run is writing here; wait for it, or give another --out"
             raise InputError(text) from None
         except (ImportError, OSError):
-            say(f"{folder}: no locks here; see that no other run writes into it")
+            say(f"{folder}: cannot be locked here; make sure that no other run writes into it")
         yield  # the lock ends with the file, however the program ends
 
 

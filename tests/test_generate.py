@@ -878,6 +878,20 @@ def test_what_is_likely_true_is_judged_among_the_words_allowed(elsewhere):
     assert set(made[:, :, 1].flatten().tolist()) == {5}
 
 
+def test_phrase_masks_take_what_the_parser_returns():
+    words = "two dogs running on grass".split()
+    phrases = generate.parse_phrases(words)
+    expected = generate.phrase_masks([[0], [1], [2, 3], [4]], [-1, 0, 1, 2, 3, 4, -1])
+    assert torch.equal(generate.phrase_masks(phrases, [-1, 0, 1, 2, 3, 4, -1]), expected)
+
+
+def test_ids_and_phrases_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="32 or 64 bits, got torch.uint8"):
+        tailor(ids=CAPTIONS.byte())
+    with pytest.raises(ValueError, match="torch.bool, got torch.float32"):
+        tailor(phrases=PHRASES.float())
+
+
 def test_padding_must_be_told():
     with pytest.raises(TypeError, match="pad_id"):
         generate.tailor_negatives(

@@ -446,7 +446,7 @@ def test_where_nothing_can_be_locked_a_run_goes_on(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with tagsdc.only_run_in(tmp_path):
-        assert "no locks here" in capsys.readouterr().out
+        assert "cannot be locked" in capsys.readouterr().out
 
 
 def test_correction_begins_as_the_masked_lm_that_was_tuned(world, tmp_path, monkeypatch, no_report):
@@ -764,7 +764,7 @@ BAD = [
     ("--phases warmup", "--phases"),
     ("--phases tags=0.0", "above 0"),
     ("--phases tags=1 tags=3", "name each phase once"),
-    ("--phases warmup=1 tags=1 dc=1 --steps 2", "leave none for"),
+    ("--phases warmup=1 tags=1 dc=1 --steps 2", "leaves no step for"),
     ("--quick --recipe paper", "--quick and --recipe"),
     ("--checkpoint {best} --query x --image y", "exclude each other"),
     ("--init {best} --size small", "--size small"),
@@ -883,6 +883,12 @@ def test_recipes_hold_no_unknown_option_and_every_value_in_which_two_stages_diff
     for stage in "12":
         recipes = [recipe for name, recipe in tagsdc.RECIPES.items() if name.endswith(stage)]
         assert all(recipe.keys() == recipes[0].keys() for recipe in recipes)
+
+
+def test_every_term_of_the_plan_is_in_the_curves():
+    plan = tagsdc.plan_phases(tagsdc.parse_arguments(["--phases", "warmup=1", "tags=1", "dc=1"]))
+    drawn = {column for _, _, columns in evaluate.PANELS for column in columns}
+    assert {term for phase in plan for term in phase.weights} <= drawn
 
 
 def test_a_schedule_of_the_release_needs_weights(world, tmp_path, capsys):
