@@ -43,7 +43,7 @@ class InputError(ValueError):
 
 
 # What a damaged file raises in the libraries that read it, and a field of another kind in the code
-# that uses it. Others, NameError and AssertionError say, are faults of the program.
+# that uses it. Others, such as NameError and AssertionError, are faults of the program.
 DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -93,13 +93,15 @@ def read_json(path, expected="a whole JSON file is expected"):
 class ProgressLine:
     """How far long work has come, on stderr: what is done and how long the rest will take. On a
     terminal one line is rewritten; a file gets a line a minute. Work of under 5 seconds is silent.
-    what: the things counted, "images" say. total: how many there will be; None = nobody knows."""
+    what: the things counted, such as "images". total: how many there will be; None = unknown.
+    Of several processes (torchrun) the first one alone writes."""
 
     def __init__(self, what, total):
         self.what = what
         self.total = total
         self.done = 0
         self.on_terminal = sys.stderr.isatty()
+        self.silent = os.environ.get("RANK", "0") != "0"
         self.start = time.monotonic()
         self.next_line = self.start + 5
         self.width = 0  # of the longest line so far; 0 = nothing was shown
@@ -108,16 +110,15 @@ class ProgressLine:
         """n more are done."""
         self.done += n
         now = time.monotonic()
-        if now >= self.next_line:
+        if now >= self.next_line and not self.silent:
             self.show(now)
             self.next_line = now + (0.5 if self.on_terminal else 60)
 
     def close(self):
-        """The last line, if there was a first."""
-        if self.width:
+        """Ends the line on a terminal, if there is one."""
+        if self.width and self.on_terminal:
             self.show(time.monotonic())
-            if self.on_terminal:
-                print(file=sys.stderr)
+            print(file=sys.stderr)
 
     def show(self, now):
         """Writes the line."""
@@ -245,7 +246,7 @@ def build_vocabulary(captions, min_count):
 def write_regions(folder, images, source, left_out=None, total=None):
     """Streams images, (name, features (R, F), boxes (R, 4)) each, into a folder for `Regions`.
     source: what they came from. left_out: list that `images` fills with what it leaves out.
-    total: how many images there will be about, for the progress line; None = nobody knows."""
+    total: how many images there will be about, for the progress line; None = unknown."""
     folder = Path(folder)
     progress = ProgressLine("images converted", total)
 
@@ -284,7 +285,7 @@ def write_regions(folder, images, source, left_out=None, total=None):
 
 
 class Regions:
-    """The memory-mapped features that write_regions made. Raises InputError if they are harmed.
+    """The memory-mapped features that write_regions made. Raises InputError if they are damaged.
     A copy, also one in another process, opens the file anew."""
 
     def __init__(self, folder):
@@ -328,11 +329,11 @@ class Regions:
 
 def open_regions(folder, source, make_images, left_out=None, elsewhere=(), total=None):
     """The region store in a folder, or elsewhere, in other folders that are only read. Unless one
-    has this source, it is made in `folder` of the iterator make_images(), see write_regions."""
+    has this source, it is made in `folder` from the iterator make_images(), see write_regions."""
     source = json.loads(json.dumps(source))  # tuples become lists, as in the file
     for place in (folder, *elsewhere):
         regions = None  # closes the last one: Windows replaces no file that is mapped
-        with contextlib.suppress(InputError):  # none yet, or a harmed one
+        with contextlib.suppress(InputError):  # none yet, or a damaged one
             regions = Regions(place)
             if regions.source == source:
                 return regions
@@ -436,7 +437,8 @@ class Data:
 
 
 # ---- published features ------------------------------------------------------------------------
-# A form is a line in FORMS and two functions. The reader takes files, {path from the searched
+# To add a form: a line in FORMS and two functions; its ending in ENDING; a word of it in NEEDED and
+# print_checklist. The reader takes files, {path from the searched
 # folder: path}, and sizes, {image_key: (width, height)} from the captions' JSON, and yields for
 # each image (name, where, read): where is for error messages, read() gives the arguments of
 # check_regions. list_names(name, path) says which images a file has without reading them, so that
@@ -462,7 +464,9 @@ def check_regions(features, boxes, size=None, conf=None, count=None):
     """What every image must pass -> features (R, F), boxes (R, 4) in 0..1, or ValueError. size:
     (width, height) where boxes are in pixels. conf: (R,) scores; as in UNITER (section 3.1) those
     above 0.2 are kept, but 10 to 100. count: how many regions there should be."""
-    if features.ndim != 2 or not features.size or count not in (None, len(features)):
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"features has shape {features.shape}, (regions, numbers) is expected")
+    if count not in (None, len(features)):
         raise ValueError(f"features has shape {features.shape}, num_bb says {count}")
     if boxes.ndim == 2 and boxes.shape[1] in (6, 7):  # width, height and area follow the corners
         boxes = boxes[:, :4]
@@ -1012,7 +1016,7 @@ def count_features(places, captions):
     for form, _, names, _ in features_in(places, captions.data_set):
         folders = Counter()
         for file, images in names.items():
-            if form.name == "pictures":
+            if form.lists_all:
                 images = [image for image in images if may_have_captions(image, keys)]
             folders[os.path.dirname(file) or "."] += len(images)
         for folder, count in folders.most_common(10):

@@ -839,6 +839,7 @@ PANELS = (
         None,
         {
             "mlm": ("masked words", BLUE),
+            "align": ("alignment", INK),
             "itm": ("matching", GREEN),
             "hard": ("retrieved negatives", GREY),
             "tags": ("written negatives", ORANGE),

@@ -399,7 +399,7 @@ def parse_phrases(words, touching=None):
     Objects are nouns with the nouns before them; attributes adjectives, numbers and participles,
     each alone; relations verbs with their prepositions, and prepositions between objects.
     touching: of each word whether no space stands before it; a "-" joins words only if it touches
-        both. None = nobody knows, and it joins all but articles.
+        both. None = unknown, and it joins all but articles.
     >>> parse_phrases("A black dog is jumping over a fire hydrant".split())
     [('attribute', [1]), ('object', [2]), ('relation', [4, 5]), ('object', [7, 8])]"""
     joined = join_hyphens(words, touching)

@@ -840,8 +840,9 @@ def make_paths_absolute(args):
 def arguments_of_run(given):
     """With which the run in --out began."""
     file = Path(given.out or default_out(given)) / "run.json"
-    with datasets.one_line_errors(file, "begin the run anew, without --resume"):
-        return known_arguments({**datasets.read_json(file)["arguments"]}, given)
+    advice = "there is no run to resume here: begin it anew, without --resume"
+    with datasets.one_line_errors(file, advice):
+        return known_arguments({**datasets.read_json(file, advice)["arguments"]}, given)
 
 
 def arguments_of_checkpoint(given):

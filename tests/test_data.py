@@ -961,7 +961,6 @@ def test_progress_in_a_file_is_a_line_a_minute_with_the_time_left(monkeypatch, c
     assert out == "" and err.splitlines() == [
         "10 of 300 pairs (3%), 0:02:25 left",  # 5 s after the start
         "130 of 300 pairs (43%), 0:01:25 left",
-        "200 of 300 pairs (67%), 0:00:50 left",
     ]
 
 
