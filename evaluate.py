@@ -194,19 +194,33 @@ def open_scores(path, model, data, split, dtype):
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().float().numpy().tobytes())
-    for part in (content.captions, content.images, content.rows.tolist(), data.regions.source):
+    parts = (content.captions, content.images, content.rows.tolist(), data.regions.source)
+    for part in (*parts, data.tokenizer.tokens, data.max_text):
         digest.update(repr(part).encode())
     made_of = f"{digest.hexdigest()} {dtype}\n"
     path = Path(path)
     note = path.with_name(f"{path.name}.of")
-    if not (path.exists() and note.exists() and note.read_text() == made_of):
-        note.unlink(missing_ok=True)
-        shape = (len(content.captions), len(content.images))
-        fresh = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        fresh[:] = math.nan
-        fresh.flush()
-        note.write_text(made_of)
+    shape = (len(content.captions), len(content.images))
+    if note.exists() and note.read_text() == made_of:
+        with contextlib.suppress(ValueError, OSError):  # of a file that is cut off
+            scores = np.lib.format.open_memmap(path, "r+")
+            if scores.shape == shape and scores.dtype == np.float32:
+                return torch.from_numpy(scores)
+    write_scores(path, np.full(shape, math.nan, np.float32))
+    note.write_text(made_of)
     return torch.from_numpy(np.lib.format.open_memmap(path, "r+"))
+
+
+def write_scores(path, scores):
+    """A whole score matrix (C, I) as a file, without a note of what it is of."""
+    path = Path(path)
+    path.with_name(f"{path.name}.of").unlink(missing_ok=True)
+
+    def write(part):
+        with open(part, "wb") as file:
+            np.save(file, scores)
+
+    datasets.write_atomically(path, write)
 
 
 def score_sentences(

@@ -90,8 +90,12 @@ class Batch(NamedTuple):
     writer_images: torch.Tensor  # (B, M) the image that the writer looks at
 
     def to(self, device):
-        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-        return moved._replace(labels=self.labels)
+        labels = self._fields.index("labels")
+        moved = [
+            tensor if n == labels else tensor.to(device, non_blocking=True)
+            for n, tensor in enumerate(self)
+        ]
+        return Batch(*moved)
 
 
 def draw_pairs(split, count, rng):
@@ -376,9 +380,10 @@ def align_step(model, batch, settings):
     """One step of the first part of a warm-up from BERT, up to the loss: regions come to look like
     the words that describe them, before any layer sees them. Of BERT's numbers none changes here.
     Returns what `tailored_step` does."""
+    with torch.no_grad():
+        words = mean_words(model, batch.input_ids, settings.tokenizer)
     with autocast(settings.device, settings.dtype):
         images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
-        words = mean_words(model, batch.input_ids, settings.tokenizer)
         loss = alignment_loss(words, mean_regions(images, batch.boxes))
     return loss, detached({"loss": loss, "align": loss})
 
@@ -803,8 +808,7 @@ def parse_arguments(argv=None):
     is laid under it as defaults."""
     parser = make_parser()
     given = parser.parse_args(argv)
-    if given.quick and given.recipe:
-        parser.error("--quick and --recipe exclude each other: both set the schedule")
+    check_tasks(parser, given)
     parser.set_defaults(**RECIPES.get(given.recipe, {}))
     if given.quick:
         parser.set_defaults(**QUICK)
@@ -815,8 +819,7 @@ def parse_arguments(argv=None):
     parser.set_defaults(out=default_out(given))
     args = parser.parse_args(argv)
     make_paths_absolute(args)
-    check_tasks(parser, args)
-    check_numbers(parser, args)
+    check_values(parser, args)
     if args.resume:
         check_resumed(parser, args)
     elif not (args.eval or args.checkpoint):
@@ -840,7 +843,9 @@ def make_paths_absolute(args):
 def arguments_of_run(given):
     """With which the run in --out began."""
     file = Path(given.out or default_out(given)) / "run.json"
-    advice = "there is no run to resume here: begin it anew, without --resume"
+    advice = "begin the run anew, without --resume"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, so there is no run to resume; {advice}")
     with datasets.one_line_errors(file, advice):
         return known_arguments({**datasets.read_json(file, advice)["arguments"]}, given)
 
@@ -850,7 +855,8 @@ def arguments_of_checkpoint(given):
     weights have none."""
     arguments = load_checkpoint(given.eval or given.checkpoint).get("arguments", {})
     dropped = {"init", "device", "probe", "save_scores", "test_images"}
-    if given.data not in ("scenes", arguments.get("data")):
+    data = os.path.abspath(given.data) if given.data.lower().endswith(".json") else given.data
+    if data not in ("scenes", arguments.get("data")):
         dropped |= {"root", "features", "phrases", "skip_bad"}  # where the old data lay
     kept = {name: value for name, value in arguments.items() if name not in dropped}
     return known_arguments(kept, given)
@@ -871,14 +877,17 @@ def default_out(given):
     return f"runs/{Path(given.data).stem.removeprefix('dataset_')}"
 
 
-def check_tasks(parser, args):
-    """Refuses options that do not go together."""
-    if bool(args.query or args.image) != bool(args.checkpoint):
+def check_tasks(parser, given):
+    """Refuses a command line that asks for several things at once."""
+    if bool(given.query or given.image) != bool(given.checkpoint):
         parser.error("--query or --image and --checkpoint go together")
-    if args.query and args.image:
+    if given.query and given.image:
         parser.error("--query and --image exclude each other")
-    if args.init in [os.path.join(os.path.abspath(args.out), name) for name in EARLIER]:
-        parser.error("--init lies in --out, which a new run empties; give another --out")
+    if given.quick and given.recipe:
+        parser.error("--quick and --recipe exclude each other: both set the schedule")
+    tasks = [name for name in ("quick", "resume", "eval", "checkpoint") if getattr(given, name)]
+    if len(tasks) > 1:
+        parser.error(f"--{' and --'.join(tasks)} exclude each other")
 
 
 def check_resumed(parser, args):
@@ -889,12 +898,16 @@ def check_resumed(parser, args):
             parser.error(f"--resume keeps --{name.replace('_', '-')} {before}; leave it out")
 
 
-def check_numbers(parser, args):
-    """Refuses numbers that do not fit each other."""
+def check_values(parser, args):
+    """Refuses values that do not fit each other."""
+    if args.init in [os.path.join(os.path.abspath(args.out), name) for name in EARLIER]:
+        parser.error("--init lies in --out, which a new run empties; give another --out")
     if args.hard > args.maskings * args.refills:
         parser.error(f"--hard {args.hard} exceeds --maskings x --refills")
     if args.pool < args.batch_size:
         parser.error(f"--pool {args.pool} is smaller than --batch-size")
+    if args.data == "scenes" and (args.features or args.phrases or args.skip_bad):
+        parser.error("--features, --phrases and --skip-bad are not for the scenes: name the --data")
     if args.accumulate and args.accumulate % WORLD_SIZE:
         parser.error(f"--accumulate {args.accumulate} cannot be shared by {WORLD_SIZE} processes")
 
@@ -1042,6 +1055,8 @@ def only_run_in(folder):
 
 def load_checkpoint(path):
     """The dictionary in a file: a checkpoint of ours, or official weights {name: tensor}."""
+    if Path(path).is_dir():
+        raise InputError(f"{path}: a folder, not a checkpoint; the folder of a BERT is for --init")
     try:
         state = read_weights(path)
     except ValueError as fault:
@@ -1051,6 +1066,11 @@ def load_checkpoint(path):
     if "arguments" in state and state.get("format") != FORMAT:
         text = f"a checkpoint of format {state.get('format')}, not {FORMAT}"
         raise InputError(f"{path}: {text}; it belongs to another version of this program")
+    if "arguments" in state:
+        with datasets.one_line_errors(path, "damaged: take another checkpoint"):
+            Progress(**state["progress"])
+            if not isinstance(state["arguments"]["data"], str):
+                raise ValueError("its arguments name no data")
     return state
 
 
@@ -1099,7 +1119,8 @@ class Progress:
     best: dict = field(default_factory=dict)  # metrics of the phase's best validation
     best_step: int = 0  # at which that was
     corrects: bool = False  # whether word correction has begun to learn
-    warmup: dict | None = None  # what the test report after the warm-up said
+    warmup: dict | None = None  # what the report after the warm-up said
+    warmup_of: str = ""  # which data that report was of
     log: list = field(default_factory=list)  # rows of log.csv
     skipped_in_a_row: int = 0  # steps whose gradient was not finite, up to this one
     seconds: float = 0.0  # of training, validations and reports
@@ -1169,7 +1190,8 @@ class Trainer:
                 if progress.step % self.args.log_every == 0 or progress.step in (1, phase.steps):
                     self.report(phase, lr, time.time() - line_began)
                     improved = self.validates(phase) and self.validate()
-                    self.save("last.pt")
+                    if progress.skipped_in_a_row == 0:
+                        self.save("last.pt")
                     if improved:
                         self.save("best.pt")
                     line_began = time.time()
@@ -1180,7 +1202,7 @@ class Trainer:
         """One step of the optimiser."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # also where a phase does not learn
         for n in range(self.batches):
             batch = self.take_batch(phase, n)
             torch.manual_seed(seed_of(1, *self.number_of_batch(n)))  # of dropout and drawn words
@@ -1211,13 +1233,7 @@ class Trainer:
             candidates = 1 if is_bert(self.args.init) else WRONG_PARTNERS
             return warmup_step(self.model, batch, phase.weights, candidates, self.settings)
         writer = self.writer or self.model
-        try:
-            return tailored_step(self.model, writer, batch, phase.weights, self.settings)
-        except generate.NotFiniteError as fault:
-            raise InputError(
-                f"diverged at step {self.progress.step + 1} of {phase.name} ({fault}):"
-                " lower the learning rate; last.pt is from before"
-            ) from fault
+        return tailored_step(self.model, writer, batch, phase.weights, self.settings)
 
     def number_of_batch(self, n):
         """What tells the n-th batch of this step from all others of the run."""
@@ -1342,6 +1358,7 @@ class Trainer:
         if phase.part == "matching":
             part = reported(self.data, self.args)
             self.progress.warmup, _, _ = test_report(self.model, part, self.args, self.settings)
+            self.progress.warmup_of = describe_data(self.args, part)
         self.progress.phase += 1
         self.progress.step = 0
         if self.progress.phase < len(self.plan):
@@ -1366,6 +1383,7 @@ class Trainer:
             "tokens": self.data.tokenizer.tokens,
             "model": self.model.state_dict(),
             "progress": vars(self.progress),
+            "processes": WORLD_SIZE,
         }
         if name == "last.pt":
             state["optimizer"] = self.optimizer.state_dict()
@@ -1375,6 +1393,9 @@ class Trainer:
 
     def resume(self, state):
         """Takes up where last.pt stands, to the same result as without the break."""
+        if state["processes"] != WORLD_SIZE:
+            text = f"{state['processes']} processes before, {WORLD_SIZE} now"
+            self.warn(f"{text}: the run goes on with other batches than it would have had")
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         if self.progress.phase == len(self.plan):
@@ -1419,7 +1440,7 @@ def scores_of(model, data, split, settings, count=None, file=None):
         dist.all_gather_object(parts, scores)
         scores = torch.cat(parts)
         if file is not None and RANK == 0:
-            np.save(file, scores.numpy())
+            evaluate.write_scores(file, scores.numpy())
     return scores, owner
 
 
@@ -1458,6 +1479,15 @@ def reported(data, args):
     return evaluate.first_images(data, final_split(data), args.test_images)
 
 
+def describe_data(args, part):
+    """What a report is of, as a text: reports of equal texts can be compared."""
+    split = final_split(part)
+    name = Path(args.data).name
+    if args.data == "scenes":
+        name += f" of seed {args.seed}, {args.scenes}"
+    return f"{name}, {split}, {len(part.splits[split].images)} images"
+
+
 def test_report(model, data, args, settings, file=None):
     """Everything measured on the final split -> metrics, scores (C, I), generated examples; without
     any images {}, None, None. file: see `scores_of`."""
@@ -1490,6 +1520,8 @@ def finish(args, data, model, settings, progress, published):
     split = final_split(data)
     file = out / "scores.npy" if args.save_scores else None
     part = reported(data, args)
+    if progress.warmup_of != describe_data(args, part):
+        progress.warmup = None  # it speaks of other images
     metrics, scores, examples = test_report(model, part, args, settings, file)
     if RANK > 0:
         return
@@ -1551,7 +1583,10 @@ def choose_hardware(args):
     if not has[device]:
         raise InputError(f"--device {device}: no such device here; use --device cpu")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise InputError(f"process {number} has no GPU: there are {torch.cuda.device_count()}")
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     return device, dtype
@@ -1704,16 +1739,23 @@ def wait_for_the_first():
 EARLIER = "last.pt best.pt metrics.json scores.npy scores.npy.of negatives.png curves.png".split()
 
 
-def train(args, device, dtype, published):
-    """A training run from its first step or, with --resume, from its last checkpoint."""
+def source_of(args):
+    """The file with which a training run begins or goes on, or None, and whether it goes on."""
+    out = Path(args.out)
+    if args.resume and (out / "last.pt").exists():
+        return out / "last.pt", True
+    if args.resume and (out / "best.pt").exists():
+        raise InputError(f"{out}: last.pt is missing, so this run cannot go on; give another --out")
     if args.recipe not in (None, "paper") and not args.init:
         raise InputError(f"--recipe {args.recipe} tunes a network: give its weights by --init")
+    return args.init, False
+
+
+def train(args, device, dtype, published):
+    """A training run from its first step or, with --resume, from its last checkpoint."""
     if not args.init:
         args.size = args.size or "tiny"
-    out = Path(args.out)
-    last = out / "last.pt"
-    goes_on = args.resume and last.exists()
-    source = last if goes_on else args.init
+    source, goes_on = source_of(args)
     state = load_start(source) if source else {}
     data, model = load_all(args, source, state)
     model.recompute = args.recompute
@@ -1728,7 +1770,12 @@ def train(args, device, dtype, published):
     del state  # with its optimiser three times as large as the model
     batches = trainer.batches * WORLD_SIZE
     say(f"tags and dc learn from {batches} x {args.batch_size} anchor pairs a step")
-    trainer.train()
+    try:
+        trainer.train()
+    except (InputError, generate.NotFiniteError, torch.cuda.OutOfMemoryError) as fault:
+        if RANK > 0:  # the first process, which speaks for all otherwise, does not know of it
+            print(f"process {RANK}: {fault}", file=sys.stderr)
+        raise
     finish(args, data, model, settings, trainer.progress, published)
 
 
@@ -1758,19 +1805,26 @@ def run(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    if not (args.eval or args.checkpoint):
-        with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
-            return train(args, device, dtype, published)
+    with only_run_in(out) if RANK == 0 else contextlib.nullcontext():
+        if args.eval or args.checkpoint:
+            use_checkpoint(args, device, dtype, published)
+        else:
+            train(args, device, dtype, published)
+
+
+def use_checkpoint(args, device, dtype, published):
+    """Evaluates a checkpoint, or searches with it."""
     source = args.eval or args.checkpoint
     state = load_checkpoint(source)
+    progress = Progress(**state.get("progress", {}))
     data, model = load_all(args, source, state)
+    del state  # with an optimiser it is three times as large as the model
     settings = settings_of(args, data.tokenizer, device, dtype)
     model.to(device)
     if args.eval:
-        progress = Progress(**state.get("progress", {}))
-        if state.get("arguments", {}).get("data") != args.data:
-            progress.warmup = None  # it speaks of other data
-        return finish(args, data, model, settings, progress, published)
+        finish(args, data, model, settings, progress, published)
+        return
+    out = Path(args.out)
     asked = (final_split(data), args.query, args.image, out / "search.png")
     for score, text in evaluate.search(model, data, *asked, **scoring(settings)):
         say(f"{score:.4f}  {text}")
@@ -1791,12 +1845,20 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt as stop:
         if RANK == 0:
-            print("interrupted; --resume goes on from the last line of the log", file=sys.stderr)
+            print("interrupted; a run goes on with --resume", file=sys.stderr)
         return 128 + stop.args[0]
     except torch.cuda.OutOfMemoryError:
         fault = "out of memory: --recompute, or lower --score-batch, --batch-size, --maskings"
+    except generate.NotFiniteError as error:
+        fault = (
+            f"the network has diverged ({error}): lower the learning rate, or raise --temperature"
+        )
     except (InputError, OSError) as error:
         fault = " ".join(str(error).split())
+    except RuntimeError as error:
+        if WORLD_SIZE == 1 or "onnection" not in str(error):
+            raise
+        fault = "another process has ended"  # and has said why
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
