@@ -1529,7 +1529,10 @@ def finish(args, data, model, settings, progress, published):
         say(evaluate.headline(data, split, args.test_images))
         say("\n".join(evaluate.table(metrics, progress.warmup or {})))
     write_metrics(args, settings, split, metrics, progress)
-    found = published_metrics(published, model, part, split, scores, settings)
+    whole = scores if part is data else None
+    found = probe_metrics(published.probes, model, data, split, whole, settings)
+    if published.positives and metrics:
+        found |= evaluate.positives_metrics(published.positives, scores, part, split)
     if found:
         say("\n".join(evaluate.table(found, {})))
         write_metrics(args, settings, split, metrics | found, progress)
@@ -1542,16 +1545,14 @@ def finish(args, data, model, settings, progress, published):
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
-def published_metrics(published, model, data, split, scores, settings):
-    """What the files of published tests say. scores: (C, I) of the split, or None."""
+def probe_metrics(probes, model, data, split, scores, settings):
+    """What the probes say. scores: (C, I) of the whole split, or None."""
     found = {}
-    for probe in published.probes:
+    for probe in probes:
         metrics = evaluate.probe_metrics(probe, model, data, split, scores, **scoring(settings))
         if not metrics:
             say(f"{probe.name}: none of its images has features here; left out")
         found |= metrics
-    if published.positives and scores is not None:
-        found |= evaluate.positives_metrics(published.positives, scores, data, split)
     return found
 
 
