@@ -1529,31 +1529,38 @@ def finish(args, data, model, settings, progress, published):
         say(evaluate.headline(data, split, args.test_images))
         say("\n".join(evaluate.table(metrics, progress.warmup or {})))
     write_metrics(args, settings, split, metrics, progress)
-    whole = scores if part is data else None
-    found = probe_metrics(published.probes, model, data, split, whole, settings)
+    found = probe_metrics(published.probes, model, data, scores if part is data else None, settings)
     if published.positives and metrics:
         found |= evaluate.positives_metrics(published.positives, scores, part, split)
     if found:
         say("\n".join(evaluate.table(found, {})))
         write_metrics(args, settings, split, metrics | found, progress)
-    if progress.log and not args.eval:
-        evaluate.draw_curves(out / "curves.png", progress.log)
-    if metrics:
-        path = out / "negatives.png"
-        options = scoring(settings) | {"seed": args.seed}
-        evaluate.draw_negatives(path, model, part, split, scores, examples, **options)
+    draw_pictures(args, part, model, settings, progress, scores, examples)
     say(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
 
 
-def probe_metrics(probes, model, data, split, scores, settings):
-    """What the probes say. scores: (C, I) of the whole split, or None."""
+def probe_metrics(probes, model, data, scores, settings):
+    """What the probes say. scores: (C, I) of the whole final split, or None."""
     found = {}
     for probe in probes:
-        metrics = evaluate.probe_metrics(probe, model, data, split, scores, **scoring(settings))
+        options = scoring(settings)
+        metrics = evaluate.probe_metrics(probe, model, data, final_split(data), scores, **options)
         if not metrics:
             say(f"{probe.name}: none of its images has features here; left out")
         found |= metrics
     return found
+
+
+def draw_pictures(args, part, model, settings, progress, scores, examples):
+    """curves.png of a training run; negatives.png of a report, if there was one."""
+    out = Path(args.out)
+    if progress.log and not args.eval:
+        evaluate.draw_curves(out / "curves.png", progress.log)
+    if examples:
+        options = scoring(settings) | {"seed": args.seed}
+        path = out / "negatives.png"
+        split = final_split(part)
+        evaluate.draw_negatives(path, model, part, split, scores, examples, **options)
 
 
 def write_metrics(args, settings, split, metrics, progress):
