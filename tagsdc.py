@@ -944,6 +944,7 @@ class Phase(NamedTuple):
     steps: int
     weights: dict  # {term of the objective: its weight, above 0}
     peak_lr: float
+    candidates: int = 0  # pairs among which matching draws a wrong partner
 
 
 def plan_phases(args):
@@ -979,10 +980,13 @@ def plan_warmup(args, steps):
     if from_bert:
         plan = [Phase("warmup", "align", first, {"align": 1.0}, ALIGN_LR)]
         matching = {"mlm": 0.5, "itm": 1.0}
+        candidates = 1  # at random: what looks true teaches a BERT nothing at first
     else:
         plan = [Phase("warmup", "words", first, {"mlm": 1.0}, args.warmup_lr)]
         matching = {"mlm": 1.0, "itm": 1.0}
-    plan.append(Phase("warmup", "matching", steps - first, matching, args.warmup_lr))
+        candidates = WRONG_PARTNERS
+    steps -= first
+    plan.append(Phase("warmup", "matching", steps, matching, args.warmup_lr, candidates))
     return plan[1:] if first == 0 else plan
 
 
@@ -1002,10 +1006,10 @@ def passes_of_step(phase, args):
     """How often a batch of a step encodes a pair, three times as much with gradient: by this the
     log foretells when a run ends."""
     if phase.part == "align":
-        return ALIGN_BATCH // 8  # its regions pass no layer
+        return ALIGN_BATCH // 4  # its regions pass no layer
     if phase.name == "warmup":
         B = args.warmup_batch_size
-        matching = 3 * 3 * B + B * WRONG_PARTNERS
+        matching = 3 * 3 * B + B * phase.candidates
         return 3 * B + (matching if phase.part == "matching" else 0)
     B = args.batch_size
     scored = 2 * B * args.pool
@@ -1230,8 +1234,8 @@ class Trainer:
         if phase.part == "align":
             return align_step(self.model, batch, self.settings)
         if phase.name == "warmup":
-            candidates = 1 if is_bert(self.args.init) else WRONG_PARTNERS
-            return warmup_step(self.model, batch, phase.weights, candidates, self.settings)
+            weights = phase.weights
+            return warmup_step(self.model, batch, weights, phase.candidates, self.settings)
         writer = self.writer or self.model
         return tailored_step(self.model, writer, batch, phase.weights, self.settings)
 
