@@ -302,7 +302,7 @@ def write_negatives(model, writer, images, batch, settings):
         temperature=settings.temperature,
         truth_threshold=settings.truth_threshold,
         writer_images=batch.writer_images,
-        allowed=tokenizer.whole_words.to(batch.masked.device),
+        allowed=tokenizer.whole_words.to(batch.masked.device, non_blocking=True),
         hard=settings.hard,
         chunk_size=settings.score_batch,
     )
@@ -1049,9 +1049,9 @@ def only_run_in(folder):
             import fcntl  # Windows has none
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as fault:
             text = f"{folder}: another run is writing here; wait for it, or give another --out"
-            raise InputError(text) from None
+            raise InputError(text) from fault
         except (ImportError, OSError):
             say(f"{folder}: cannot be locked here; make sure that no other run writes into it")
         yield  # the lock ends with the file, however the program ends
