@@ -7,6 +7,7 @@ Every mask: True = real. Boxes are x1 y1 x2 y2 as shares of the picture, y down.
 
 import base64
 import contextlib
+import errno
 import gc
 import gzip
 import io
@@ -42,8 +43,8 @@ class InputError(ValueError):
     """Bad input. Its text is one line: what is wrong, where, how to mend it."""
 
 
-# What a damaged file raises in the libraries that read it, and a field of another kind in the code
-# that uses it. Others, such as NameError and AssertionError, are faults of the program.
+# What the libraries raise on a damaged file, and our own code on a field of the wrong type.
+# Anything else (NameError, AssertionError) is a bug.
 DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -55,7 +56,7 @@ DAMAGE = (
 @contextlib.contextmanager
 def one_line_errors(where, advice, left_out=None):
     """Turns what a damaged file raises inside into an InputError of one line, raised from it; or
-    into a line of the list left_out, if there is one."""
+    into a line of the list left_out, if there is one and the fault is the file's."""
     try:
         yield
     except DAMAGE as fault:
@@ -65,7 +66,20 @@ def one_line_errors(where, advice, left_out=None):
         text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
         if left_out is None:
             raise InputError(text) from fault
-        left_out.append(text.removesuffix(f"; {advice}"))
+        text = text.removesuffix(f"; {advice}")
+        if is_of_the_machine(fault):
+            advice = "not left out, as the disk, the network or the memory failed; try again"
+            raise InputError(f"{text}; {advice}") from fault
+        left_out.append(text)
+
+
+def is_of_the_machine(fault):
+    """Whether an exception tells nothing about the file that was read: there was no memory, or the
+    file could not be read. A damaged file raises an OSError too: Pillow's have no errno, and a
+    search for a place outside of the file has EINVAL."""
+    if isinstance(fault, OSError):
+        return fault.errno not in (None, errno.EINVAL)
+    return isinstance(fault, MemoryError)
 
 
 def write_atomically(path, write):
@@ -248,13 +262,13 @@ def write_regions(folder, images, source, left_out=None, total=None):
     source: what they came from. left_out: list that `images` fills with what it leaves out.
     total: how many images there will be about, for the progress line; None = unknown."""
     folder = Path(folder)
-    progress = ProgressLine("images converted", total)
 
     def write(part):
         names = []
         counts = []
         width = None
-        with open(part, "wb") as file:
+        progress = ProgressLine("images converted", total)
+        with open(part, "wb") as file, contextlib.closing(progress):
             for name, features, boxes in images:
                 width = width or features.shape[-1]
                 if features.shape[1:] != (width,) or boxes.shape != (len(features), 4):
@@ -265,7 +279,6 @@ def write_regions(folder, images, source, left_out=None, total=None):
                 names.append(name)
                 counts.append(len(features))
                 progress.advance()
-            progress.close()
             if not names:
                 raise InputError(f"{folder}: no image to write")
             header = {"source": source, "names": names, "counts": counts}
@@ -574,8 +587,9 @@ def read_npz(file, size):
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         check_archive(archive)
-        for name in NPZ_NAMES.keys() & names:
-            row[NPZ_NAMES[name]] = np.load(archive.open(f"{name}.npy"))
+        for name, field_name in NPZ_NAMES.items():  # of two names of one field the first counts
+            if name in names and field_name not in row:
+                row[field_name] = np.load(archive.open(f"{name}.npy"))
     boxes = row.get("norm_bb", row.get("bbox"))
     if boxes is None or "features" not in row:
         raise ValueError(f"has {', '.join(names)[:200]}; wanted are {', '.join(NPZ_NAMES)}")
@@ -1255,12 +1269,14 @@ def read_phrases(path):
                 caption = " ".join(entry["caption"].split())
                 words = split_words(caption)
                 letters = np.repeat(range(len(words)), [len(word) for word in words])
-                ends = np.cumsum([len("".join(split_words(token))) for token in entry["tokens"]])
-                if ends[-1] != len(letters):
+                tokens = ["".join(split_words(token)) for token in entry["tokens"]]
+                if "".join(tokens).lower() != "".join(words).lower():
                     raise ValueError("tokens do not spell the caption")
-                words_of_token = np.split(letters, ends)
+                words_of_token = np.split(letters, np.cumsum([len(token) for token in tokens]))
                 table[caption] = []
                 for phrase in entry["phrases"]:
+                    if not all(0 <= token < len(tokens) for token in phrase["tokens"]):
+                        raise ValueError(f"phrase {phrase['tokens']} of {len(tokens)} tokens")
                     found = np.concatenate([words_of_token[token] for token in phrase["tokens"]])
                     table[caption].append(np.unique(found).tolist())
     return table
@@ -1356,13 +1372,15 @@ def load_data(
     root = Path(root or Path(name).parent)
     places = Places(root, Path(features or root), bool(features))
     left_out = [] if skip_bad else None
-    with reading_much():
+    with without_warnings_and_gc():
         captions, found = find_data_set(name, places, left_out)
-        check_splits(captions, needed)
+        check_splits(captions.source, captions.images, needed)
         tokens = find_tokens(root, tokens, vocab, vocab_size)
         table = read_phrases(phrases) if phrases else {}
         regions = load_regions(places, captions, found, skip_bad, store, elsewhere)
         matched = match_all(places, captions, regions.names, left_out)
+        with_features = [image for image, _ in matched]
+        check_splits(f"{captions.source} with {places.features}", with_features, needed)
         splits = make_splits(matched, table)
         notes = [
             f"captions from {captions.source}, regions from {places.features} ({found.form.name})"
@@ -1394,26 +1412,28 @@ def note_parts(splits, found, phrases, regions, left_out):
     return notes
 
 
-def check_splits(captions, needed):
-    """InputError unless there is an image of each of these splits."""
+def check_splits(where, images, needed):
+    """InputError unless there is an image of each of these splits. where: they come from."""
     for split in needed:
-        if all(image.split != split for image in captions.images):
-            there = count_splits(captions.images)
-            raise InputError(f"{captions.source}: no image of the {split} split, but {there}")
+        if all(image.split != split for image in images):
+            there = count_splits(images)
+            raise InputError(f"{where}: no image of the {split} split, but {there}")
 
 
 @contextlib.contextmanager
-def reading_much():
-    """Without warnings, since what is read is checked, and without the garbage collector, whose
-    walks over millions of captions took three quarters of the time."""
+def without_warnings_and_gc():
+    """What is read is checked, so no warning is needed; and the garbage collector's walks over
+    millions of captions took three quarters of the time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             yield
         finally:
-            gc.enable()
+            if was_enabled:
+                gc.enable()
 
 
 def find_data_set(name, places, left_out):

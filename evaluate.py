@@ -163,7 +163,7 @@ def score_matrix(
         row_groups = groups_of_one_size(lengths)
         column_groups = groups_of_one_size(counts)
     progress = datasets.ProgressLine("pairs scored", scores.numel())
-    with inference(model, device, dtype):
+    with inference(model, device, dtype), contextlib.closing(progress):
         for columns in column_groups:
             features, boxes, region_mask = (
                 x.to(device) for x in data.image(split, images[columns])
@@ -182,7 +182,6 @@ def score_matrix(
                     # The only place where the result of a GPU is waited for.
                     scores[block] = logits.float().view(len(rows), -1).cpu()
                 progress.advance(len(rows) * len(columns))
-    progress.close()
     return scores
 
 
@@ -231,7 +230,7 @@ def score_sentences(
     sentences = dataclasses.replace(data, splits={split: content})
     scores = torch.empty(len(texts))
     progress = datasets.ProgressLine("sentences scored", len(texts))
-    with inference(model, device, dtype):
+    with inference(model, device, dtype), contextlib.closing(progress):
         # Sentences of one image stand together, so that its regions are embedded once.
         for rows in images.argsort(stable=True).split(score_batch):
             columns, column = images[rows].unique(return_inverse=True)
@@ -243,7 +242,6 @@ def score_sentences(
             logits = model.score_pairs(prepared, row, pictures, column.to(device), score_batch)
             scores[rows] = logits.float().cpu()
             progress.advance(len(rows))
-    progress.close()
     return scores
 
 
@@ -260,7 +258,7 @@ def judge_words(
     no_words = torch.tensor([tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id], device=device)
     parts = []
     progress = datasets.ProgressLine("sentences judged", len(ids))
-    with inference(model, device, dtype):
+    with inference(model, device, dtype), contextlib.closing(progress):
         for text, columns in zip(ids.to(device).split(score_batch), images.split(score_batch)):
             features, boxes, region_mask = (x.to(device) for x in data.image(split, columns))
             hidden = model(text, features, boxes, text != tokenizer.pad_id, region_mask)
@@ -273,7 +271,6 @@ def judge_words(
             corrections = [model.correct(some).argmax(-1) for some in words.split(16)]
             parts.append((logits.float().cpu(), suspicion.cpu(), torch.cat(corrections).cpu()))
             progress.advance(len(text))
-    progress.close()
     return tuple(torch.cat(results) for results in zip(*parts))
 
 

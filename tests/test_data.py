@@ -4,6 +4,7 @@ ones and on damaged ones. `python tests/test_data.py 1000` damages 1,000 files o
 import base64
 import copy
 import dataclasses
+import gc
 import gzip
 import io
 import json
@@ -151,7 +152,10 @@ def test_phrases_file_is_matched_by_letters(tmp_path):
     assert positions == [[1], [2, 3, 4]]
     for broken in (
         {**entry, "tokens": ["A"]},
+        {**entry, "tokens": ["A", "dog", "ca", "n't", "sit"]},  # as long, but another word
         {**entry, "phrases": [{"tokens": [9]}]},
+        {**entry, "phrases": [{"tokens": [5]}]},  # one behind the last
+        {**entry, "phrases": [{"tokens": [-1]}]},
         {"caption": "a"},
         3,
     ):
@@ -708,6 +712,40 @@ def test_fault_is_one_line_and_can_be_left_out(root, tmp_path, fault):
     assert any("left out" in note for note in data.notes)
 
 
+def read_error(*arguments):
+    raise OSError(5, "Input/output error")
+
+
+def no_memory(*arguments):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fault", [read_error, no_memory])
+def test_what_the_machine_fails_to_read_is_never_left_out(root, tmp_path, monkeypatch, fault):
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", fault)
+        with pytest.raises(InputError, match="0001.npz.*not left out.*try again"):
+            load_data("coco", root, store=tmp_path, skip_bad=True)
+    data = load_data("coco", root, store=tmp_path, skip_bad=True)
+    assert len(data.regions.names) == 3 and data.regions.left_out == []
+
+
+def test_a_split_without_any_features_is_missed_after_the_conversion(root, tmp_path):
+    (root / "regions/coco_train2014_000000000003.npz").unlink()
+    with pytest.raises(InputError, match="with .*: no image of the test split, but train 2 images"):
+        load_data("coco", root, store=tmp_path, skip_bad=True, needed=("train", "test"))
+
+
+def test_the_garbage_collector_stays_off_if_it_was(root, tmp_path):
+    for was_enabled in (False, True):
+        (gc.enable if was_enabled else gc.disable)()
+        try:
+            load_data("coco", root, store=tmp_path)
+            assert gc.isenabled() == was_enabled
+        finally:
+            gc.enable()
+
+
 def tsv_row(
     name, w=40, h=20, n=2, boxes=((0, 0, 10, 10), (5, 5, 40, 20)), size=3, conf=None, cut=None
 ):
@@ -977,6 +1015,19 @@ def test_progress_on_a_terminal_rewrites_one_line(monkeypatch, capsys):
     assert err.strip().split("\r")[-1] == "7,000 pairs in 0:00:08"
 
 
+def test_progress_ends_its_line_before_an_error(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(ProgressLine, "close", lambda line: closed.append(line.done))
+
+    def images():
+        yield from made(2)
+        raise InputError("damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        write_regions(tmp_path / "r", images(), {})
+    assert closed == [2]
+
+
 def test_second_start_converts_nothing_and_still_sees_changes(root, tmp_path, monkeypatch):
     first = load_data("coco", root, store=tmp_path)
     with monkeypatch.context() as patch:
@@ -1218,6 +1269,14 @@ def test_npz_with_the_names_of_others(tmp_path, kind, turned):
     want = features.T if features.shape == (5, 3) else features
     assert (got[0] - torch.from_numpy(want)).abs().max() < 1e-3
     assert torch.allclose(corners[0, 0, :4], torch.tensor([0, 0, 0.5, 0.5]))
+
+
+def test_of_two_names_of_one_field_the_documented_one_counts(root, tmp_path):
+    for name in "123":
+        path = root / f"regions/coco_train2014_00000000000{name}.npz"
+        save_npz(path, x=np.full((3, 4), 7, np.float32), boxes=np.ones((3, 4), np.float32))
+    data = load_data("coco", root, store=tmp_path)
+    assert data.image("train", [0])[0].max() != 7
 
 
 def test_npz_without_boxes_or_with_unknown_names(tmp_path):
