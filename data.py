@@ -360,12 +360,13 @@ def open_regions(folder, source, make_images, left_out=None, elsewhere=(), total
 
 @dataclass
 class Split:
-    """Images and captions of train, val or test. Captions of one image stand together."""
+    """Images and captions of train, val or test. Captions of one image stand together, in the order
+    of the images; only those of a probe (evaluate.py) have false captions, of image -1, between."""
 
     images: list  # names
     rows: np.ndarray  # (I,) number of each image in the region store
     captions: list
-    image_of_caption: torch.Tensor  # (C,) long, ascending
+    image_of_caption: torch.Tensor  # (C,) long, ascending but for the -1 of a probe
     phrases: list = None  # of each caption [[word positions]], or None: parse_phrases finds them
     scenes: list = None  # only in the embedded world: of each image
     further: dict = field(default_factory=dict)  # image -> captions that only true_captions counts
@@ -625,7 +626,7 @@ def open_array(path):
     """A *_ims.npy -> the names of its images, by *_names.txt or by number, and the array, mapped
     into memory. VSE++'s have each image five times, once for each of its captions."""
     names_file = Path(path.replace("_ims.npy", "_names.txt"))
-    captions_file = Path(path.replace("_ims.npy", "_caps.txt"))
+    captions_file = scan_captions_file(path)
     with one_line_errors(path, "save it again as a plain array (images, regions, features)"):
         array = np.lib.format.open_memmap(path, mode="r")
         if not array.flags.c_contiguous:
@@ -641,6 +642,11 @@ def open_array(path):
         if len(names) != len(array):
             raise ValueError(f"{len(array)} images, but {len(names)} names in {names_file.name}")
     return names, array
+
+
+def scan_captions_file(path):
+    """The *_caps.txt of a *_ims.npy."""
+    return Path(path.replace("_ims.npy", "_caps.txt"))
 
 
 def list_array(name, path):
@@ -773,14 +779,24 @@ def read_uniter(files, sizes):
     if not image_paths:
         raise InputError(f"{paths[0]} has texts: captions are read from Karpathy's JSON instead")
     for path in image_paths:
-        tables = [*path.parent.glob("nbb_*.json"), *path.parent.parent.glob("nbb_*.json")]
-        tables.sort(key=lambda table: table.stem[4:] not in path.parent.name)
-        counts = read_json(tables[0]) if tables else {}
+        counts_file = region_counts_file(path)
+        counts = read_json(counts_file) if counts_file else {}
         for key, value in read_lmdb(path):
             name = key.decode(errors="replace")
             if name != "__keys__":
                 read = partial(read_uniter_image, value, counts.get(name))
                 yield name, f"{path} key {name[:60]}", read
+
+
+def region_counts_file(path):
+    """The nbb_*.json with the name of a database's folder, in it or beside it; None = none."""
+    folder = Path(path).parent
+    name = folder.name.removeprefix("feat_").removesuffix("_compressed")
+    for place in (folder, folder.parent):
+        file = place / f"nbb_{name}.json"
+        if file.is_file():
+            return file
+    return None
 
 
 def list_database(name, path):
@@ -831,7 +847,7 @@ PREFIX = re.compile(r"((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?")
 ENDING = re.compile(r"(\.(jpe?g|png|webp|gif|bmp|tiff?|np[yz]))*$")
 # Files and folders that are no data of the user's: programs, tests, our own runs and pictures.
 NOT_DATA = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
-PICTURES = r"(images|\w20\d\d)/"  # folders whose pictures are data
+PICTURE_FOLDERS = r"(images|\w20\d\d)/"  # folders whose pictures are data
 DATA_SET = re.compile(r"(?<![a-z0-9])(?:ms)?(coco|flickr30k|f30k|flickr8k|f8k)(?![a-z])")
 ALIASES = {"f30k": "flickr30k", "f8k": "flickr8k"}
 
@@ -883,10 +899,11 @@ def list_files(place):
 
 def features_in(places, data_set):
     """Yields the Features of each form that lies in places.features, without those of another
-    data set, if any are left then."""
+    data set, unless there are no others."""
     files = list_files(places.features)
     ours = {name: path for name, path in files.items() if data_set_of(name) in ("", data_set)}
-    files = ours if data_set and ours else files
+    if data_set and any(files_of_form(form, ours, places.by_user) for form in FORMS):
+        files = ours
     for form in FORMS:
         found = files_of_form(form, files, places.by_user)
         if found:
@@ -899,7 +916,9 @@ def files_of_form(form, files, anywhere):
     folder *images or *train2014 and the like, unless anywhere is set."""
     found = {name: path for name, path in files.items() if re.search(form.ending, name.lower())}
     if form.name == "pictures" and not anywhere:
-        found = {name: path for name, path in found.items() if re.search(PICTURES, name)}
+        found = {
+            name: path for name, path in found.items() if re.search(PICTURE_FOLDERS, name.lower())
+        }
     for name in list(found):
         if name.endswith("testall_ims.npy"):  # of which test is a part
             found.pop(name.replace("testall", "test"), None)
@@ -908,13 +927,16 @@ def files_of_form(form, files, anywhere):
 
 def choose_features(places, captions):
     """The first Features that have half of the images with captions, or else most of them; None if
-    there are none. A TSV of features counts in any case, since only reading it all tells."""
+    there are none. A TSV is always a candidate: its images are known only once it has been read
+    whole."""
     best = None
     most = -1
     for features in features_in(places, captions.data_set):
         form = features.form
-        if form.name == "arrays" and not captions.by_path:  # with captions of their own
+        if brings_captions(features, captions):
             return features
+        if not captions.images:
+            continue  # no features can be used
         counts = count_captioned(features, captions)
         count = sum(counts.values())
         features = without_unused(features, counts)
@@ -926,14 +948,25 @@ def choose_features(places, captions):
     return best
 
 
+def brings_captions(features, captions):
+    """Whether these are SCAN's arrays, with captions of their own in *_caps.txt, which come before
+    those of a JSON unless the user named it."""
+    if features.form.name != "arrays" or captions.by_path:
+        return False
+    ours = [path for name, path in features.files.items() if may_be_of(name, captions)]
+    have_captions = any(scan_captions_file(path).exists() for path in ours)
+    return have_captions or bool(ours and not captions.images)
+
+
 def count_captioned(features, captions):
     """{file: how many of its images have captions}; of a TSV how many of the first are images."""
-    if not features.form.lists_all:
-        return {file: len(names) for file, names in features.names.items()}
     keys = {image.key for image in captions.images}
     counts = {}
     for file, names in features.names.items():
-        counts[file] = sum(image_key(name) in keys for name in names if may_be_of(name, captions))
+        if features.form.lists_all:
+            names = [name for name in names if may_be_of(name, captions)]
+            names = [name for name in names if may_have_captions(name, keys)]
+        counts[file] = len(names)
     return counts
 
 
@@ -1026,21 +1059,19 @@ def print_checklist(places, captions, missing):
 
 def count_features(places, captions):
     """Yields (form, folder, number of images) of all features in a place."""
-    keys = {image.key for image in captions.images}
-    for form, _, names, _ in features_in(places, captions.data_set):
+    for features in features_in(places, captions.data_set):
         folders = Counter()
-        for file, images in names.items():
-            if form.lists_all:
-                images = [image for image in images if may_have_captions(image, keys)]
-            folders[os.path.dirname(file) or "."] += len(images)
+        for file, count in count_captioned(features, captions).items():
+            folders[os.path.dirname(file) or "."] += count
         for folder, count in folders.most_common(10):
-            if count or not form.lists_all:
-                yield form, folder, count
+            if count or not features.form.lists_all:
+                yield features.form, folder, count
 
 
-def may_have_captions(picture, keys):
-    """keys: the image_key of those that have; of none the names are numbers, as in COCO."""
-    key = image_key(picture)
+def may_have_captions(name, keys):
+    """keys: image_key of the captioned images; if there are none, numeric names are taken for
+    COCO's."""
+    key = image_key(name)
     return key in keys if keys else key.isdecimal()
 
 
@@ -1054,6 +1085,7 @@ def count_splits(images):
 # ---- a published data set: its captions, regions and words ---------------------------------------
 
 PHRASES = 'a list of {"caption", "tokens", "phrases": [{"tokens": [indices]}]} is expected'
+CONVERSION = 1  # a store of published features that was converted otherwise is made anew
 SPLITS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val", "testall": "test"}
 JSON_KINDS = {str: "a text", list: "a list"}
 # path: with its folder. key: its image_key. where: for error messages. further: see Split.
@@ -1065,7 +1097,7 @@ def read_scan_captions(paths):
     images = []
     for path in paths:
         names, _ = open_array(path)
-        path = Path(path.replace("_ims.npy", "_caps.txt"))
+        path = scan_captions_file(path)
         lines = read_lines(path)
         if len(lines) != 5 * len(names):
             raise InputError(f"{path}: {len(lines)} lines for {len(names)} images, not five each")
@@ -1171,10 +1203,14 @@ def load_regions(places, captions, features, skip_bad, store, elsewhere):
             first = left_out and left_out[0]
             raise InputError(f"{places.features}: not one usable image; left out: {first}")
 
-    stats = [(os.path.getsize(path), os.path.getmtime(path)) for path in files.values()]
+    paths = [*files.values()]
+    if form.name == "uniter":  # how many regions count may lie beside them
+        paths += filter(None, map(region_counts_file, files.values()))
+    stats = [(os.path.getsize(path), os.path.getmtime(path)) for path in paths]
     if form.name == "arrays":  # the names of the images may lie beside them
         stats += names_in.values()
-    source = [form.name, os.path.abspath(places.features), list(files), stats, sizes]
+    place = os.path.abspath(places.features)
+    source = [CONVERSION, form.name, place, list(files), stats, sizes]
     total = len(names_listed) if form.lists_all else len(captions.images)
     regions = open_regions(store, source, convert, left_out, elsewhere, total)
     if regions.left_out and not skip_bad:
@@ -1322,7 +1358,7 @@ def check_texts(data):
     if room < 1:
         raise InputError(f"a text of {data.max_text} tokens has no room for a word")
     cut = 0
-    texts_of = {}  # tokens after the cut -> the texts that become them
+    texts_of = {}  # tokens after the cut -> the different texts that become them
     for name, split in data.splits.items():
         total = 0
         unknown = 0
@@ -1443,7 +1479,7 @@ def find_data_set(name, places, left_out):
             raise InputError(f"{folder}: no such file or folder; {NEEDED}")
     captions = load_captions(name, places.root, left_out)
     features = choose_features(places, captions)
-    if features and features.form.name == "arrays" and not captions.by_path:
+    if features and brings_captions(features, captions):
         content = read_scan_captions(features.files.values())
         images = read_captions(places.features, content, left_out)
         captions = captions._replace(source=places.features, images=images)

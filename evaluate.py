@@ -51,6 +51,9 @@ MEASURES = {  # what is counted, in percent where nothing else is said
     "rprecision": "positives among the first R",
     "queries": "queries, a number",
 }
+MEASURES |= {
+    f"one_word_wrong_{kind}": f"the same, the word being a {kind}" for kind in datasets.KINDS
+}
 
 # ---- recall ------------------------------------------------------------------------------------
 
@@ -88,10 +91,20 @@ def fold_metrics(scores, image_of_caption, folds=5):
 
 
 def is_coco_test(split):
-    """Whether a Split is COCO's test split of 5,000 images, by their names: COCO's ids, which end
-    at 581,929, or the numbers of SCAN's arrays."""
-    keys = [image_key(name).removeprefix("testall_ims_") for name in split.images]
-    return len(keys) == 5000 and all(key.isdecimal() and int(key) < 600_000 for key in keys)
+    """Whether a Split is COCO's test split of 5,000 images, by their names: these are COCO's ids,
+    which end at 581,929, and name no other data set."""
+    keys = [image_key(name) for name in split.images]
+    if len(keys) != 5000 or not all(key.isdecimal() for key in keys):
+        return False
+    ours = all(datasets.data_set_of(name) in ("", "coco") for name in split.images)
+    return ours and 500_000 < max(int(key) for key in keys) < 600_000
+
+
+def has_coco_folds(split):
+    """Whether a Split is COCO's test split, of which recall on five folds of 1,000 images is
+    published, too; also that of SCAN's arrays, which number the images."""
+    numbered = all(name.startswith("testall_ims_") for name in split.images)
+    return is_coco_test(split) or (numbered and len(split.images) == 5000)
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -611,7 +624,8 @@ def read_id_lists(path):
 
 
 def positives_metrics(positives, scores, data, split):
-    """precision_at_r on the positives of ECCV Caption and CxC; {} unless the split is COCO's test.
+    """precision_at_r on the positives of ECCV Caption and CxC; {} unless the split is COCO's test,
+    with COCO's ids as names.
     scores: (C, I) of the split.
     Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
     if not is_coco_test(data.splits[split]):
@@ -977,7 +991,7 @@ def report(model, data, split, scores, examples, seed=0, **options):
     examples: as for example_metrics."""
     owner = data.splits[split].image_of_caption
     metrics = retrieval_metrics(scores, owner)
-    if is_coco_test(data.splits[split]):
+    if has_coco_folds(data.splits[split]):
         metrics |= {f"1k_{name}": value for name, value in fold_metrics(scores, owner).items()}
     metrics |= example_metrics(model, data, split, examples, **options)
     metrics |= altered_metrics(model, data, split, scores, seed, **options)

@@ -875,6 +875,26 @@ def test_precomp_of_two_data_sets_side_by_side(tmp_path):
         assert len(data.regions.names) == 1 and data.image("train", [0])[0].max() == k
 
 
+def test_precomp_of_another_data_set_alone_is_not_taken(tmp_path):
+    (tmp_path / "coco_precomp").mkdir()
+    np.save(tmp_path / "coco_precomp/train_ims.npy", np.ones((1, 2, 3), np.float32))
+    (tmp_path / "coco_precomp/train_caps.txt").write_text("a dog\n" * 5)
+    with pytest.raises(InputError, match="dataset_flickr30k.json: no such file"):
+        load_data("flickr30k", tmp_path, store=tmp_path / "s")
+    assert load_data("coco", tmp_path, store=tmp_path / "s").regions.names == ["train_ims_000000"]
+
+
+def test_precomp_without_captions_takes_those_of_the_json(tmp_path):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    np.save(tmp_path / "train_ims.npy", np.ones((3, 2, 4), np.float32))
+    (tmp_path / "train_names.txt").write_text("1.jpg\n2.jpg\n3.jpg\n")
+    data = load_data("coco", tmp_path, store=tmp_path / "s")
+    assert data.splits["train"].images == ["1.jpg", "2.jpg"]
+    (tmp_path / "dataset_coco.json").unlink()
+    with pytest.raises(InputError, match="train_caps.txt.*No such file"):
+        load_data("coco", tmp_path, store=tmp_path / "s")
+
+
 def test_precomp_takes_names_and_testall(tmp_path):
     (tmp_path / "r").mkdir()
     for k, split in enumerate(("train", "test", "testall")):
@@ -1514,6 +1534,28 @@ def test_a_tsv_of_something_else_beside_those_of_features(tmp_path):
     data = load_data(listing, store=tmp_path / "s")
     note = "not read, since none of their images has captions: a.tsv (1 in all)"
     assert note in data.notes
+
+
+def test_a_folder_with_the_name_of_another_data_set_is_searched_if_it_is_the_only_one(tmp_path):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    (tmp_path / "flickr30k").mkdir()
+    (tmp_path / "flickr30k/a.tsv").write_text(tsv_row(1) + tsv_row(2) + tsv_row(3))
+    assert len(load_data("coco", tmp_path, store=tmp_path / "s").regions.names) == 3
+
+
+def test_features_of_another_data_set_with_the_same_numbers_are_no_fault_without_a_name(tmp_path):
+    karpathy(tmp_path / "dataset_coco.json", IMAGES)
+    (tmp_path / "f").mkdir()
+    for name in "123":
+        save_npz(tmp_path / f"f/flickr30k_00000000000{name}.npz")
+    with pytest.raises(InputError, match="f: no region features for 1.jpg .*3 .npz"):
+        load_data("coco", tmp_path, features=tmp_path / "f", store=tmp_path / "s")
+
+
+def test_folders_of_pictures_may_be_written_in_capitals(tmp_path):
+    listing = karpathy(tmp_path / "my.json", IMAGES)
+    save_pictures(tmp_path / "Images", ["1.jpg", "2.jpg", "3.jpg"])
+    assert load_data(listing, store=tmp_path / "s").notes[0].endswith("(pictures)")
 
 
 def test_other_files_are_counted_by_their_endings(tmp_path):

@@ -147,10 +147,23 @@ def test_cocos_test_split_is_known_by_its_names_alone():
     numbers = range(9, 9 + 5000 * 116, 116)
     assert is_coco_test([f"COCO_val2014_{n:012d}.jpg" for n in numbers])
     assert is_coco_test([f"{n}.npz" for n in numbers])
-    assert is_coco_test([f"testall_ims_{n:06d}" for n in range(5000)])
+    assert not is_coco_test([f"{n:06d}.jpg" for n in range(5000)])  # anybody's
+    assert not is_coco_test([f"flickr30k_{n:012d}.npz" for n in numbers])
     assert not is_coco_test([f"COCO_val2014_{n:012d}.jpg" for n in numbers][:-1])
     assert not is_coco_test([f"{1000000 + n}.jpg" for n in range(5000)])  # Flickr30K's are such
     assert not is_coco_test([f"holiday {n}.jpg" for n in range(5000)])
+
+
+def test_five_folds_are_of_cocos_test_split_and_of_scans_arrays_of_it():
+    def has_coco_folds(names):
+        return evaluate.has_coco_folds(datasets.Split(names, None, None, None))
+
+    assert has_coco_folds([f"COCO_val2014_{9 + 116 * n:012d}.jpg" for n in range(5000)])
+    testall = [f"testall_ims_{n:06d}" for n in range(5000)]
+    assert has_coco_folds(testall)
+    assert not evaluate.is_coco_test(datasets.Split(testall, None, None, None))  # no ids of COCO
+    assert not has_coco_folds(testall[:1000])
+    assert not has_coco_folds([f"{n:06d}.jpg" for n in range(5000)])
 
 
 def test_recall_refuses_other_shapes():
@@ -886,11 +899,10 @@ def test_report_holds_what_was_asked_for(world, model, tmp_path, scores, altered
     assert not {"fair_negatives", "oversensitivity", "one_word_wrong"} & photographs.keys()
     assert "sentences_repaired" in photographs
     # The table says of each what it counts.
-    named = [name for name in metrics if not name.startswith("one_word_wrong_")]
-    assert set(named) <= evaluate.MEASURES.keys()
+    assert metrics.keys() <= evaluate.MEASURES.keys()
+    assert "a colour" in evaluate.meaning_of("one_word_wrong_colour")
     assert evaluate.meaning_of("1k_rsum") == evaluate.MEASURES["rsum"]
     assert evaluate.meaning_of("danger_altered_tr_r5") == evaluate.MEASURES["altered_tr_r5"]
-    assert evaluate.meaning_of("one_word_wrong_colour") == ""
     assert any(line.startswith("tr_r1 ") and "images" in line for line in lines)
 
 

@@ -127,6 +127,25 @@ def test_regions_are_counted_by_the_list_or_by_score(tmp_path):
         (listing / "nbb_th0.2_max100_min10.json").unlink()
 
 
+def test_counts_of_another_database_are_not_taken(tmp_path):
+    path = write(tmp_path / "img" / "all_compressed", "one_transaction")
+    expected = [len(image["boxes"]) for image in read_images_of_npz(path).values()]
+    counts = dict.fromkeys(read_images_of_npz(path), 1)
+    (tmp_path / "img" / "nbb_th0.2_max100_min10.json").write_text(json.dumps(counts))
+    assert [len(image["boxes"]) for image in read_images_of_npz(path).values()] == expected
+
+
+def test_a_changed_list_of_counts_makes_the_store_anew(tmp_path):
+    folder = "img/feat_th0.2_max100_min10"
+    root_with(tmp_path, {folder: "one_transaction"})
+    names = read_images_of_npz(tmp_path / folder / "data.mdb")
+    for count in (1, 2):
+        listing = tmp_path / "img" / "nbb_th0.2_max100_min10.json"
+        listing.write_text(json.dumps(dict.fromkeys(names, count)) + " " * count)
+        loaded = load_data("coco", root=tmp_path, store=tmp_path / "store")
+        assert (loaded.regions.counts == count).all()
+
+
 def read_images_of_npz(path):
     """As read_images, without the list of keys that is kept beside the images."""
     found = read_uniter({"data.mdb": path}, {})
