@@ -451,16 +451,21 @@ class Data:
 
 
 # ---- published features ------------------------------------------------------------------------
-# To add a form: a line in FORMS and two functions; its ending in ENDING; a word of it in NEEDED and
-# print_checklist. The reader takes files, {path from the searched
-# folder: path}, and sizes, {image_key: (width, height)} from the captions' JSON, and yields for
-# each image (name, where, read): where is for error messages, read() gives the arguments of
-# check_regions. list_names(name, path) says which images a file has without reading them, so that
-# what is missing is known before anything is converted.
+# To add a form: add a line to FORMS, its reader and its list_names; its suffix to ENDING (that of a
+# picture format to PICTURE_FORMATS); its name to NEEDED, print_checklist and docs/COCO.md; and look
+# at every `form.name ==`. The reader takes files, {path from the searched folder: path}, and sizes,
+# {image_key: (width, height)} from the captions' JSON, and yields for each image (name, where,
+# read): where is for error messages, read() gives the arguments of check_regions.
+# list_names(name, path) says which images a file has without reading them, so that what is missing
+# is known before anything is converted.
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the box of the whole picture
 CELLS = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
 GRID = np.concatenate([WHOLE, CELLS])
+# Pillow's names of the formats of plain pictures, and their suffixes.
+PICTURE_FORMATS = {"JPEG": "jpe?g", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+PICTURE_FORMATS |= {"TIFF": "tiff?"}
+PICTURE_SUFFIX = "|".join(PICTURE_FORMATS.values())
 LARGEST = 1 << 26  # bytes that the arrays of one image, or a row of a TSV, may take
 
 TSV_COLUMNS = {  # of files without a header, by the number of columns
@@ -571,7 +576,8 @@ def list_one(name, path):
 
 
 def check_archive(archive):
-    """ValueError unless a zip file is packed in a way of numpy's, and unpacks to little."""
+    """ValueError unless a zip file uses only numpy's compression and unpacks to at most LARGEST
+    bytes."""
     members = archive.infolist()
     if not {member.compress_type for member in members} <= {
         zipfile.ZIP_STORED,
@@ -655,9 +661,9 @@ def list_array(name, path):
 
 
 def read_picture(path, size):
-    """A picture, turned as its camera says, 16 bits of grey brought to 8, what is transparent white
-    -> features and boxes of the whole and of 4 x 4 cells, which stand for a detector's."""
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")) as picture:
+    """A picture, rotated by its EXIF tag, 16-bit grey reduced to 8, transparency laid on white ->
+    features and boxes of the whole picture and 4 x 4 cells, in place of a detector's."""
+    with Image.open(path, formats=tuple(PICTURE_FORMATS)) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
             grey = np.asarray(picture).astype(np.float32) / 257
@@ -694,15 +700,16 @@ def read_lmdb(path):
             raise ValueError("no LMDB file of version 1, or cut off")
         *_, size, depth, entries, root, _ = max(metas, key=lambda meta: meta[-1])
         last = b""
+        found = 0
         tree = walk(file, size, root, min(depth, 32)) if depth else []
         for key, value in tree:
             if key <= last:
                 raise ValueError(f"key {key} after {last}: its page is damaged, or in a loop")
             yield key, value
             last = key
-            entries -= 1
-        if entries:
-            raise ValueError(f"its meta page tells of {entries} entries more than there are")
+            found += 1
+        if found != entries:
+            raise ValueError(f"its meta page counts {entries:,} entries, the tree has {found:,}")
 
 
 def walk(file, size, number, depth):
@@ -762,7 +769,7 @@ def unpack_msgpack(data, start=0, depth=0):
 
 
 def unpack_map(items):
-    """[key, value, key, value ...] -> the array for which msgpack-numpy wrote them, or a dict."""
+    """[key, value, key, value ...] -> the array that msgpack-numpy wrote so, or a dict."""
     fields = {key.tobytes(): value for key, value in zip(items[::2], items[1::2])}
     if b"nd" not in fields:
         return fields
@@ -822,13 +829,12 @@ def read_uniter_image(value, count):
 
 
 Form = namedtuple("Form", "name ending reader list_names lists_all")
-PICTURE_ENDING = r"\.(jpe?g|png|webp|gif|bmp|tiff?)$"
 FORMS = [  # of all that lies in a folder, the first form of this list that has our images is taken
     Form("tsv", r"\.tsv(\.\d+|\.gz)?$", read_tsv, list_first_rows, False),
     Form("npz", r"\.npz$", partial(read_each, read_npz), list_one, True),
     Form("uniter", r"data\.mdb$", read_uniter, list_database, True),
     Form("arrays", r"_ims\.npy$", read_arrays, list_array, True),
-    Form("pictures", PICTURE_ENDING, partial(read_each, read_picture), list_one, True),
+    Form("pictures", rf"\.({PICTURE_SUFFIX})$", partial(read_each, read_picture), list_one, True),
 ]
 
 
@@ -844,7 +850,7 @@ KARPATHY = 'Karpathy\'s form is {"images": [{"filename", "split", "sentences": [
 SKIP = "mend it, or pass --skip-bad to leave it out"
 
 PREFIX = re.compile(r"((coco_)?(train|val|test)20\d\d_|coco_|flickr(8|30)k_)?")
-ENDING = re.compile(r"(\.(jpe?g|png|webp|gif|bmp|tiff?|np[yz]))*$")
+ENDING = re.compile(rf"(\.({PICTURE_SUFFIX}|np[yz]))*$")
 # Files and folders that are no data of the user's: programs, tests, our own runs and pictures.
 NOT_DATA = re.compile(r"\..*|site-packages|node_modules|tests|runs|(negatives|search|curves)\.png")
 PICTURE_FOLDERS = r"(images|\w20\d\d)/"  # folders whose pictures are data
@@ -1076,7 +1082,8 @@ def may_have_captions(name, keys):
 
 
 def count_splits(images):
-    """Counts for messages: "train 113,287, val 5,000, test 5,000 images"; "" for none."""
+    """Counts for messages: "train 113,287, val 5,000, test 5,000 images"; "" if there are no
+    images."""
     times = Counter(image.split for image in images)
     counts = [f"{name} {times[name]:,}" for name in ("train", "val", "test") if times[name]]
     return f"{', '.join(counts)} images" if counts else ""
@@ -1244,7 +1251,8 @@ def match_images(captions, names, left_out):
                 rows = in_same_folder(image.path, rows, names)
             if len(rows) > 1 or (rows and rows[0] in used):
                 found = " and ".join(names[row] for row in rows[:2])
-                raise ValueError(f"{found} fit twice; tell which by the folder in filename")
+                fault = f"{image.path}: more than one match, or one taken twice ({found})"
+                raise ValueError(f"{fault}; give the folder in 'filepath'")
             if rows:
                 used.add(rows[0])
                 matched.append((image, rows[0]))
@@ -1332,13 +1340,13 @@ def find_tokens(root, tokens, vocab, vocab_size):
             found.append(f"{path} has {len(tokens):,}")
     if vocab_size is not None:
         there = "; ".join(found) or f"there is no {root / 'vocab.txt'}"
-        advice = "put the vocab.txt there that the weights were trained with"
+        advice = "put the vocab.txt that the weights were trained with into that folder"
         raise InputError(f"{root}: the weights know {vocab_size:,} tokens, but {there}; {advice}")
     return None
 
 
 def make_tokenizer(root, splits, tokens, lowercase, notes):
-    """Of these tokens; None = of those of the training captions."""
+    """A WordPiece of these tokens; None = of the words of the training captions."""
     if tokens is None:
         if "train" not in splits:
             raise InputError(f"{root}: no training captions to find words in, and no vocab.txt")
@@ -1536,7 +1544,8 @@ KINDS = {
 RELATIONS = ("left of", "right of", "above", "below", "and")
 INVERSE = dict(zip(RELATIONS, ("right of", "left of", "below", "above", "and")))
 
-# The grammar. What a picture shows is told by two nouns and a relation, or in one word more.
+# The grammar: two noun phrases and a relation, with an optional "there is" before or a background
+# after.
 ADJECTIVES = "".join(f"(?: (?:{'|'.join(KINDS[kind])}))?" for kind in ("size", "pattern", "colour"))
 NOUN = f"a{ADJECTIVES} (?:{'|'.join(KINDS['shape'])})"
 SENTENCE = re.compile(
@@ -1575,7 +1584,8 @@ def describes(caption, scene):
 
 
 def paraphrase(caption):
-    """The same from the other thing, "B right of A" for "A left of B"; None if there is none."""
+    """The same statement with the things swapped: "B right of A" for "A left of B". None if that
+    changes nothing or the caption is no sentence."""
     sentence = SENTENCE.fullmatch(caption)
     if sentence is None:
         return None
@@ -1721,8 +1731,9 @@ def draw(scene, size=112):
     return sheet.reduce(3)
 
 
-def look(seed, splits):
-    """Yields (name, features (R, F), boxes (R, 4)), from pixels alone: all, and near each thing."""
+def scene_regions(seed, splits):
+    """Yields (name, features (R, F), boxes (R, 4)), from the pixels alone: the whole picture, then
+    a loose box around each thing, in random order."""
     rng = random.Random(f"{seed} boxes")
     for split in splits.values():
         for name, scene in zip(split.images, split.scenes):
@@ -1754,7 +1765,7 @@ def load_scenes(seed, sizes, store, tokens=None, elsewhere=(), max_text=64):
         )
     source = ["scenes", WORLD, seed, *sizes]
     regions = open_regions(
-        store, source, lambda: look(seed, splits), elsewhere=elsewhere, total=sum(sizes)
+        store, source, lambda: scene_regions(seed, splits), elsewhere=elsewhere, total=sum(sizes)
     )
     tokens = tokens or build_vocabulary(splits["train"].captions, min_count=1)
     data = Data("scenes", WordPiece(tokens, lowercase=True), regions, splits, max_text)

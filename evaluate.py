@@ -1,9 +1,9 @@
 """What a model is worth: recall, the paper's analyses, altered captions, probes, pictures.
 
 Letters: C captions, I images, N sentences or pairs, H negatives of a caption, T text positions.
-Every mask: True = real. All shares are in percent, and a tie counts against the model. MEASURES
-says in a phrase what each measure counts. `options` are device, dtype (float32, or bfloat16 by
-autocast) and score_batch (pairs in one pass), with the defaults of score_matrix."""
+Every mask: True = real. All shares are in percent, and a tie counts against the model (in wod_auc,
+half). MEASURES says in a phrase what each measure counts. `options` are device, dtype (float32, or
+bfloat16 by autocast) and score_batch (pairs in one pass), with the defaults of score_matrix."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ MEASURES = {  # what is counted, in percent where nothing else is said
     "ir_r10": "image R@10",
     "rsum": "RSum: the sum of text and image R@1, R@5 and R@10",
     "synthetic_score": "mean score of the written negatives, 0 to 1",
-    "wod_auc": "WoD AUC: replaced words are suspected above originals",
+    "wod_auc": "WoD AUC: how often a replaced word is more suspicious",
     "wod_most_suspicious": "WoD: negatives whose most suspicious word was replaced",
     "woc_accuracy": "WoC: replaced words whose original is named",
     "sentences_repaired": "negatives mended by correcting the most suspicious word",
@@ -43,8 +43,8 @@ MEASURES = {  # what is counted, in percent where nothing else is said
     "altered_tr_r5": "text R@5 with corruptions among the candidates",
     "altered_tr_r10": "text R@10 with corruptions among the candidates",
     "pairwise": "true captions that outscore their false ones",
-    "same_length": "items that its wod_ and woc_ measures are of, a number",
-    "items": "items whose image has features, a number",
+    "same_length": "items of equal length, for wod_ and woc_, a number",
+    "items": "items used, i.e. whose image has features, a number",
     "total": "items in the file, a number",
     "held_out": "items with an image of this split, a number",
     "map_at_r": "mean average precision at R, the number of positives",
@@ -140,7 +140,7 @@ def first_images(data, split, count):
 
 
 def groups_of_one_size(sizes):
-    """Splits 0 .. N-1 into groups of equal sizes (N,), 256 at most."""
+    """Numbers 0 .. N-1 grouped by size (N,): each group holds at most 256 of one size."""
     return [group for n in sizes.unique() for group in (sizes == n).nonzero()[:, 0].split(256)]
 
 
@@ -320,7 +320,7 @@ def word_metrics(suspicion, corrections, sentences, originals):
 
 
 def example_metrics(model, data, split, examples, **options):
-    """What there is to say of written negatives; {} of none.
+    """Measures of the written negatives; {} if there are none.
 
     examples: {"images": (N,), "originals": (N, T), "sentences": (N, H, T), "valid": (N, H)}.
     synthetic_score: their mean score. word_metrics of them. sentences_repaired: of the wrong ones
@@ -459,7 +459,7 @@ def read_probe(path):
     is_gallery = False
     for key, entry in entries:
         if not isinstance(entry, dict):
-            raise InputError(f"{path} item {key}: no table of fields; {PROBE_FORMS}")
+            raise InputError(f"{path} item {key}: not a JSON object; {PROBE_FORMS}")
         if is_confirmed(entry):
             items.append(read_item(f"{path} item {key}", entry))
             is_gallery = is_gallery or isinstance(entry["caption"], list)
@@ -572,7 +572,7 @@ def pair_metrics(model, probe_data, **options):
 # ---- more positives than COCO's own: ECCV Caption and CxC --------------------------------------
 
 
-AGAIN = "get the file of ECCV Caption again"
+ECCV_ADVICE = "get the file of ECCV Caption again"
 
 
 class Positives(NamedTuple):
@@ -595,7 +595,7 @@ def read_positives(root):
 
 def read_eccv(ids_file, owners_file):
     """Positives of two files of ECCV Caption, and of the tables that lie beside them."""
-    with datasets.one_line_errors(ids_file, AGAIN):
+    with datasets.one_line_errors(ids_file, ECCV_ADVICE):
         array = np.load(ids_file, allow_pickle=False)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"{array.dtype} {array.shape}, not a row of ids")
@@ -604,7 +604,7 @@ def read_eccv(ids_file, owners_file):
     owner_of = {}
     for caption in caption_ids:
         if not owners.get(caption):
-            raise InputError(f"{owners_file}: no image of caption {caption}; {AGAIN}")
+            raise InputError(f"{owners_file}: no image of caption {caption}; {ECCV_ADVICE}")
         owner_of[caption] = owners[caption][0]
     tables = {}
     for name in ("eccv", "cxc"):
@@ -619,7 +619,7 @@ def read_id_lists(path):
     """A JSON of ECCV Caption, {id: [ids]} -> the same with all ids as texts. Raises InputError."""
     content = datasets.read_json(path)
     if not isinstance(content, dict) or not all(isinstance(ids, list) for ids in content.values()):
-        raise InputError(f"{path}: {{id: [ids]}} is expected; {AGAIN}")
+        raise InputError(f"{path}: {{id: [ids]}} is expected; {ECCV_ADVICE}")
     return {query: [str(i) for i in ids] for query, ids in content.items()}
 
 
@@ -999,8 +999,8 @@ def report(model, data, split, scores, examples, seed=0, **options):
 
 
 def headline(data, split, count=None):
-    """What the figures of a report are of, as a line. count: they are of the first so many images
-    of the split; None = of all."""
+    """What a report covers, as a line. count: only the first `count` images of the split; None =
+    all."""
     content = data.splits[split]
     images = len(content.images)
     count = images if count is None else min(count, images)
@@ -1024,7 +1024,7 @@ def table(metrics, warmup):
 
 
 def meaning_of(name):
-    """What a measure counts; those of probes and of the folds have another name before theirs."""
+    """What a measure counts, found by the end of its name, as probes and folds put theirs first."""
     fitting = [measure for measure in MEASURES if f"_{name}".endswith(f"_{measure}")]
     return MEASURES[max(fitting, key=len)] if fitting else ""
 
@@ -1056,7 +1056,10 @@ def search(model, data, split, query, image, path, **options):
         rows = [(number, lines)]
         names = content.captions
     else:
-        raise InputError(f"--image {image}: none of {content.images[0]}, ... of the {split} split")
+        first = content.images[0]
+        raise InputError(
+            f"--image {image}: no such image in the {split} split; its first is {first}"
+        )
     draw_rows(path, data, split, rows)
     return [(scores[i].item(), names[i]) for i in best]
 
