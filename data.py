@@ -68,7 +68,9 @@ def one_line_errors(where, advice, left_out=None):
             raise InputError(text) from fault
         text = text.removesuffix(f"; {advice}")
         if is_of_the_machine(fault):
-            advice = "not left out, as the disk, the network or the memory failed; try again"
+            advice = (
+                "not left out, as the disk, the network or the memory failed; try again or move it"
+            )
             raise InputError(f"{text}; {advice}") from fault
         left_out.append(text)
 

@@ -278,6 +278,7 @@ def judge_words(
             words = hidden[:, : ids.size(1)]
             logits = model.match(hidden)
             replaced, original = model.discriminate(words).float().unbind(-1)
+            # Of a broken head all are equal; and only where no word stands is it -inf.
             suspicion = (replaced - original).nan_to_num()
             suspicion = suspicion.masked_fill(torch.isin(text, no_words), -math.inf)
             # All words at once times a large vocabulary would fill the memory.
