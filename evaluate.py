@@ -44,6 +44,7 @@ MEASURES = {  # what is counted, in percent where nothing else is said
     "altered_tr_r10": "text R@10 with corruptions among the candidates",
     "pairwise": "true captions that outscore their false ones",
     "same_length": "items of equal length, for wod_ and woc_, a number",
+    "alike": "items whose two texts are the same tokens, a number",
     "items": "items used, i.e. whose image has features, a number",
     "total": "items in the file, a number",
     "held_out": "items with an image of this split, a number",
@@ -563,6 +564,8 @@ def pair_metrics(model, probe_data, **options):
     real = ids != probe_data.tokenizer.pad_id
     same_length = (real[::2] == real[1::2]).all(1).nonzero()[:, 0]
     result = {"pairwise": share(logits[::2] > logits[1::2]), "same_length": len(same_length)}
+    # Texts that are cut off or have unknown words may be the same to the network: a tie, a loss.
+    result["alike"] = (ids[::2] == ids[1::2]).all(1).sum().item()
     wrong = 2 * same_length + 1
     right = 2 * same_length
     if len(wrong):

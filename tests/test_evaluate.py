@@ -577,6 +577,7 @@ def test_sugarcrepe(tmp_path, world, model, scores, altered):
     assert result["pairwise"] == pytest.approx(expected, abs=2)
     ids, same = encode(world, [items["0"]["caption"], items["0"]["negative_caption"]]), n + 1
     assert result["same_length"] == same and (ids[0] != ids[1]).sum() == 1
+    assert result["alike"] == 1, "the item of the train split has two equal texts"
     assert "wod_auc" in result
     longer = {"1": {**items["0"], "negative_caption": items["0"]["caption"] + " and a star"}}
     result = probe(tmp_path, world, model, longer)
