@@ -108,7 +108,8 @@ def test_there_are_commands():
 
 def test_every_option_in_the_text_exists():
     known = set(re.findall(r"--[a-z][\w-]*", tagsdc.make_parser().format_help()))
-    of_others = {"--nproc-per-node", "--what", "--rounds", "--anchors", "--pairs", "--seeds"}
+    of_study = {"--seeds", "--arms", "--images"}
+    of_others = {"--nproc-per-node", "--what", "--rounds", "--anchors", "--pairs", *of_study}
     for page in PAGES:
         prose = re.sub(RUN, "", page.read_text(), flags=re.MULTILINE)
         for code in re.findall(r"`([^`\n]+)`", prose):
