@@ -373,6 +373,12 @@ class Split:
     scenes: list = None  # only in the embedded world: of each image
     further: dict = field(default_factory=dict)  # image -> captions that only true_captions counts
 
+    def caption_ranges(self, images):
+        """The captions of images by number (N,) long, but of no probe: those from first (N,) up to
+        end (N,), which is not one of them."""
+        first = torch.searchsorted(self.image_of_caption, images)
+        return first, torch.searchsorted(self.image_of_caption, images, right=True)
+
 
 @dataclass
 class Data:
@@ -438,13 +444,11 @@ class Data:
     def true_captions(self, split, images):
         """Images by number (B,) -> (B, C, T) ids of all captions of each, padded in C and T."""
         content = self.splits[split]
-        owner = content.image_of_caption.numpy()
-        images = np.asarray(images)
-        starts = np.searchsorted(owner, images)
-        ends = np.searchsorted(owner, images, "right")
+        images = torch.as_tensor(images)
+        ranges = torch.stack(content.caption_ranges(images), 1)  # (B, 2)
         texts = []
-        for image, start, end in zip(images.tolist(), starts, ends):
-            ids = [self.caption_ids(split, c) for c in range(start, end)]
+        for image, (first, end) in zip(images.tolist(), ranges.tolist()):
+            ids = [self.caption_ids(split, c) for c in range(first, end)]
             ids += [self.token_ids(text) for text in content.further.get(image, [])]
             texts.append(ids)
         pad = partial(pad_sequence, batch_first=True, padding_value=self.tokenizer.pad_id)

@@ -634,12 +634,11 @@ def positives_metrics(positives, scores, data, split):
     Returns {"eccv_tr_map_at_r", "eccv_tr_rprecision", "eccv_tr_r1", "eccv_tr_queries", ...}."""
     if not is_coco_test(data.splits[split]):
         return {}
-    owner = data.splits[split].image_of_caption
-    images = {image_key(name): i for i, name in enumerate(data.splits[split].images)}
+    content = data.splits[split]
+    images = {image_key(name): i for i, name in enumerate(content.images)}
     # COCO's caption ids -> our numbers: an image's ids come in the order of its captions.
-    starts = torch.searchsorted(owner, torch.arange(len(images))).tolist()
-    ends = torch.searchsorted(owner, torch.arange(len(images)), right=True).tolist()
-    remaining = {image: list(range(starts[i], ends[i])) for image, i in images.items()}
+    ranges = torch.stack(content.caption_ranges(torch.arange(len(images))), 1).tolist()
+    remaining = {image: list(range(*ranges[i])) for image, i in images.items()}
     captions = {}
     for caption in positives.caption_ids:
         of_image = remaining.get(positives.image_of_caption[caption])
@@ -1045,8 +1044,8 @@ def search(model, data, split, query, image, path, **options):
         rows = [(None, [Line("query", None, INK, plain_words(query))])]
         for i in best:
             found = Line("image", scores[i].item(), GREEN, plain_words(content.images[i]))
-            c = torch.searchsorted(content.image_of_caption, i)  # its first caption
-            caption = Line("its caption", None, INK, plain_words(content.captions[c]))
+            first, _ = content.caption_ranges(torch.tensor(i))
+            caption = Line("its caption", None, INK, plain_words(content.captions[first]))
             rows.append((i, [found, caption]))
         names = content.images
     elif image in content.images:

@@ -101,8 +101,7 @@ class Batch(NamedTuple):
 def draw_pairs(split, count, rng):
     """`count` different images of a split, and one caption of each: (P,) indices of captions."""
     images = torch.randperm(len(split.images), generator=rng)[:count]
-    first = torch.searchsorted(split.image_of_caption, images)
-    end = torch.searchsorted(split.image_of_caption, images, right=True)
+    first, end = split.caption_ranges(images)
     return first + (torch.rand(len(images), generator=rng) * (end - first)).long()
 
 
@@ -1277,7 +1276,6 @@ class Trainer:
     def report(self, phase, lr, seconds):
         """A row of the log and a line on the screen: means over the steps since the last one, which
         took so many seconds. Of several processes the first one speaks, of its own batches."""
-        args = self.args
         steps = len(self.history) // self.batches
         means = mean_values(self.history)
         means["skipped"] = self.skipped
@@ -1459,7 +1457,7 @@ def tailored_examples(model, data, split, args, settings, count):
     # One image of each family of the scenes, so that a writer's other picture is no near-twin.
     last = len(data.splits[split].images) - 1
     images = torch.linspace(0, last, min(last + 1, count)).long()
-    captions = torch.searchsorted(data.splits[split].image_of_caption, images)
+    captions, _ = data.splits[split].caption_ranges(images)  # the first of each
     rng = torch.Generator().manual_seed(args.seed)
     shape = (len(captions), args.maskings, MASK_PROBABILITY, args.writer_sees)
     batch = make_batch(data, split, captions, *shape, rng).to(settings.device)
@@ -1626,12 +1624,12 @@ def is_bert(path):
 
 def load_start(path):
     """What --init names: a dictionary as of `load_checkpoint`; of a BERT {"bert": content of its
-    config.json, "weights": {name: tensor}, "vocab_size"}."""
+    config.json, "weights": {name: tensor}}."""
     if not is_bert(path):
         return load_checkpoint(path)
     with datasets.one_line_errors(path, "give the folder of a published BERT"):
-        bert, weights, vocab_size = read_bert(Path(path).parent)
-    return {"bert": bert, "weights": weights, "vocab_size": vocab_size}
+        bert, weights, _ = read_bert(Path(path).parent)
+    return {"bert": bert, "weights": weights}
 
 
 def make_model(args, data, source, state):

@@ -48,6 +48,7 @@ import generate  # noqa: E402
 import losses  # noqa: E402
 import model as model_module  # noqa: E402
 import tagsdc  # noqa: E402
+from data import Split  # noqa: E402
 from model import Config, TagsDC  # noqa: E402
 
 # Caption lengths of COCO with [CLS] and [SEP], and their shares in percent.
@@ -94,7 +95,7 @@ class RandomData:
         self.features = torch.rand(*self.mask.shape, sizes["features"], generator=rng)
         self.boxes = torch.rand(*self.mask.shape, 7, generator=rng)
         self.regions = SimpleNamespace(counts=counts.numpy())
-        split = SimpleNamespace(
+        split = Split(
             images=range(images),
             captions=range(captions),
             rows=torch.arange(images).numpy(),
