@@ -868,6 +868,7 @@ PANELS = (
         {
             "mlm": ("masked words", BLUE),
             "align": ("alignment", INK),
+            "contrast": ("matching, all pairs", GREEN),
             "itm": ("matching", GREEN),
             "hard": ("retrieved negatives", GREY),
             "tags": ("written negatives", ORANGE),

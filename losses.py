@@ -48,18 +48,31 @@ def matching_loss(logits, matches, *, valid=None):
     return masked_mean(cost, valid)
 
 
+def contrastive_loss(scores, *, valid=None):
+    """Warm-up from BERT: among all pairs of a batch each caption is to find its image, and each
+    image its caption: the mean of -log softmax of the true pairs, both ways (InfoNCE).
+    scores: (B, B) float, caption a with image b; the diagonal belongs together. valid: (B, B) bool,
+    False leaves a wrong pair out."""
+    if scores.dim() != 2 or scores.size(0) != scores.size(1):
+        raise ValueError(f"scores must be (B, B), got {tuple(scores.shape)}")
+    scores = scores.float()
+    pair = torch.arange(len(scores), device=scores.device)
+    if valid is not None:
+        wrong = pair[:, None] != pair
+        scores = scores.masked_fill(wrong & ~valid, float("-inf"))
+    return (F.cross_entropy(scores, pair) + F.cross_entropy(scores.T, pair)) / 2
+
+
 def alignment_loss(words, regions, *, temperature=0.1):
-    """First part of a warm-up from BERT: each caption is to find its image by the cosine of their
-    mean embeddings among all of the batch, and each image its caption.
+    """First part of a warm-up from BERT: `contrastive_loss` of the cosines of mean embeddings, of a
+    caption's words and of an image's regions.
     words, regions: (B, D) float, row b of both belongs together."""
     if words.dim() != 2 or words.shape != regions.shape:
         shapes = f"{tuple(words.shape)} and {tuple(regions.shape)}"
         raise ValueError(f"words and regions must be (B, D), got {shapes}")
     words = F.normalize(words.float(), dim=1)
     regions = F.normalize(regions.float(), dim=1)
-    logits = words @ regions.T / temperature  # (B, B)
-    pair = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+    return contrastive_loss(words @ regions.T / temperature)
 
 
 def masked_lm_loss(logits, labels):

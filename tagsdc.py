@@ -34,6 +34,7 @@ import generate
 from data import InputError
 from losses import (
     alignment_loss,
+    contrastive_loss,
     masked_lm_loss,
     masked_mean,
     matching_loss,
@@ -337,16 +338,15 @@ def detached(values):
 
 WRONG_PARTNERS = 7  # pairs of the batch among which a hard wrong partner is drawn
 ALIGN_BATCH = 256  # pairs of a step of the first part from BERT
-ALIGN_LR = 2e-3
+ALIGN_LR = 1e-3
 
 
-def warmup_step(model, batch, weights, candidates, settings):
+def warmup_step(model, batch, weights, settings):
     """One step of the warm-up, up to the loss:
 
         L = L_itm + e L_mlm
 
     masked words and, once "itm" is among the weights, image-text matching against wrong partners.
-    candidates: among so many others each partner is drawn by its score, as in ALBEF; 1 = at random.
     Returns what `tailored_step` does."""
     pad_id = settings.tokenizer.pad_id
 
@@ -354,9 +354,8 @@ def warmup_step(model, batch, weights, candidates, settings):
     if "itm" in weights:
         with evaluate.inference(model, settings.device, settings.dtype):
             texts, images = prepare(model, batch, pad_id)
-            wrong_images, wrong_texts, false = draw_wrong_partners(
-                model, texts, images, batch, candidates, pad_id
-            )
+            partners = draw_wrong_partners(model, texts, images, batch, pad_id)
+            wrong_images, wrong_texts, false = partners
 
     # With gradient.
     with autocast(settings.device, settings.dtype):
@@ -375,12 +374,36 @@ def warmup_step(model, batch, weights, candidates, settings):
     return loss, detached({"loss": loss, **terms})
 
 
-def align_step(model, batch, settings):
-    """One step of the first part of a warm-up from BERT, up to the loss: regions come to look like
-    the words that describe them, before any layer sees them. Of BERT's numbers none changes here.
+def contrast_step(model, batch, weights, settings):
+    """One step of the second part of a warm-up from BERT, up to the loss:
+
+        L = L_contrast + e L_mlm
+
+    masked words, and each caption of the batch is to find its image among all B of them, as each
+    image its caption. All B * B pairs are encoded, so that each true pair meets 2 (B - 1) wrong
+    ones: BERT, which has never seen a picture, learns more from these than from single partners.
     Returns what `tailored_step` does."""
-    with torch.no_grad():
-        words = mean_words(model, batch.input_ids, settings.tokenizer)
+    pad_id = settings.tokenizer.pad_id
+    ids = batch.input_ids  # (B, T)
+    B = len(ids)
+    row = torch.arange(B, device=ids.device)
+    with autocast(settings.device, settings.dtype):
+        texts, images = prepare(model, batch, pad_id)
+        # Every caption with every image.
+        scores = model.score_pairs(texts, row.repeat_interleave(B), images, row.repeat(B))
+        false = ~generate.equals_a_caption(ids.expand(B, B, -1), batch.true_captions, pad_id).T
+        terms = {
+            "mlm": masked_words_loss(model, images, batch, pad_id),
+            "contrast": contrastive_loss(scores.view(B, B), valid=false),
+        }
+        loss = weighted_sum(terms, weights)
+    return loss, detached({"loss": loss, **terms})
+
+
+def align_step(model, batch, settings):
+    """One step of the first part of a warm-up from BERT, up to the loss: the embeddings of regions
+    and of words learn to meet, before any layer sees them. Returns what `tailored_step` does."""
+    words = mean_words(model, batch.input_ids, settings.tokenizer)
     with autocast(settings.device, settings.dtype):
         images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
         loss = alignment_loss(words, mean_regions(images, batch.boxes))
@@ -404,13 +427,37 @@ def mean_regions(images, boxes):
     return (mean + images.states[row, largest]) / 2
 
 
-def draw_wrong_partners(model, texts, images, batch, candidates, pad_id):
-    """For each pair another one's image and caption, to tell from its own: among the candidates
-    behind (images) or before (captions) it, the likelier the higher they score.
+def alignment_scores(model, data, split, settings, count=1000):
+    """By what the alignment alone lets captions and images of a split find each other, before any
+    layer is run: the cosines (C, I) of the first `count` images and their captions, and each
+    caption's image."""
+    images = torch.arange(len(data.splits[split].images))[:count]
+    owner = data.splits[split].image_of_caption
+    owner = owner[owner < len(images)]
+    words = []
+    regions = []
+    with evaluate.inference(model, settings.device, settings.dtype):
+        for captions in torch.arange(len(owner)).split(500):
+            ids = data.text(split, captions).to(settings.device)
+            words.append(mean_words(model, ids, settings.tokenizer))
+        for part in images.split(500):
+            features, boxes, region_mask = (x.to(settings.device) for x in data.image(split, part))
+            pictures = model.prepare_regions(features, boxes, region_mask)
+            regions.append(mean_regions(pictures, boxes))
+        words = F.normalize(torch.cat(words).float())
+        regions = F.normalize(torch.cat(regions).float())
+    with autocast(settings.device, torch.float32):
+        return (words @ regions.T).cpu(), owner
+
+
+def draw_wrong_partners(model, texts, images, batch, pad_id):
+    """For each pair another one's image and caption, to tell from its own: among the
+    WRONG_PARTNERS behind (images) or before (captions) it, the likelier the higher they score, as
+    in ALBEF.
     Returns wrong_images, wrong_texts and false (B,); not false = they are true after all."""
     ids = batch.input_ids  # (B, T)
     B = len(ids)
-    K = max(min(candidates, B - 1), 1)
+    K = max(min(WRONG_PARTNERS, B - 1), 1)
     row = torch.arange(B, device=ids.device)
     step = torch.arange(1, K + 1, device=ids.device)
     behind = (row[:, None] + step) % B  # (B, K)
@@ -768,15 +815,14 @@ RECIPES = {
     },
     # From a small BERT to the end, within two hours of two cores.
     "bert-flickr8k": {
-        "phases": ["warmup=5", "tags=1", "dc=1"],
-        "steps": 3500,
-        "warmup_batch_size": 32,
+        "phases": ["warmup=40", "dc=1"],
+        "steps": 4100,
+        "warmup_batch_size": 8,
         "warmup_lr": 2e-4,
         "lr": 1e-4,
         "dropout": 0.1,
-        "pool": 32,
         "val_images": 50,
-        "validations": 5,
+        "validations": 4,
         "test_images": 200,
     },
     # The paper's way of writing, on the scenes: both stages, the own picture, nothing barred.
@@ -929,7 +975,7 @@ def check_phases(parser, args):
 # ---- the phases of a run -----------------------------------------------------------------------
 
 WORDS_FIRST = 0.8  # share of a warm-up from scratch with masked words alone, before matching
-ALIGN_STEPS = 500  # of a warm-up from BERT in which regions are aligned with words; cheap ones
+ALIGN_STEPS = 1000  # of a warm-up from BERT in which regions are aligned with words; cheap ones
 
 
 class Phase(NamedTuple):
@@ -943,7 +989,6 @@ class Phase(NamedTuple):
     steps: int
     weights: dict  # {term of the objective: its weight, above 0}
     peak_lr: float
-    candidates: int = 0  # pairs among which matching draws a wrong partner
 
 
 def plan_phases(args):
@@ -978,14 +1023,12 @@ def plan_warmup(args, steps):
     first = min(first, max(steps - 1, 0))
     if from_bert:
         plan = [Phase("warmup", "align", first, {"align": 1.0}, ALIGN_LR)]
-        matching = {"mlm": 0.5, "itm": 1.0}
-        candidates = 1  # at random: what looks true teaches a BERT nothing at first
+        matching = {"mlm": 0.5, "contrast": 1.0}
     else:
         plan = [Phase("warmup", "words", first, {"mlm": 1.0}, args.warmup_lr)]
         matching = {"mlm": 1.0, "itm": 1.0}
-        candidates = WRONG_PARTNERS
     steps -= first
-    plan.append(Phase("warmup", "matching", steps, matching, args.warmup_lr, candidates))
+    plan.append(Phase("warmup", "matching", steps, matching, args.warmup_lr))
     return plan[1:] if first == 0 else plan
 
 
@@ -1008,8 +1051,8 @@ def passes_of_step(phase, args):
         return ALIGN_BATCH // 4  # its regions pass no layer
     if phase.name == "warmup":
         B = args.warmup_batch_size
-        matching = 3 * 3 * B + B * phase.candidates
-        return 3 * B + (matching if phase.part == "matching" else 0)
+        matching = {"itm": 3 * 3 * B + B * WRONG_PARTNERS, "contrast": 3 * B * B}
+        return 3 * B + sum(matching.get(term, 0) for term in phase.weights)
     B = args.batch_size
     scored = 2 * B * args.pool
     learnt = B * (1 + 2 * args.retrieved) + B * args.maskings
@@ -1170,8 +1213,9 @@ class Trainer:
             # As in stage 2 of the release: the head begins as the masked LM that has been tuned.
             self.model.correction.load_state_dict(self.model.mlm.state_dict())
             self.progress.corrects = True
-        learning = self.model.region if phase.part == "align" else self.model
-        parameters = list(learning.parameters())
+        parameters = list(self.model.parameters())
+        if phase.part == "align":
+            parameters = [*self.model.region.parameters(), self.model.text.word.weight]
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
         others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
         fused = self.settings.device != "mps"
@@ -1232,9 +1276,10 @@ class Trainer:
         """The step that belongs to a phase."""
         if phase.part == "align":
             return align_step(self.model, batch, self.settings)
+        if "contrast" in phase.weights:
+            return contrast_step(self.model, batch, phase.weights, self.settings)
         if phase.name == "warmup":
-            weights = phase.weights
-            return warmup_step(self.model, batch, weights, phase.candidates, self.settings)
+            return warmup_step(self.model, batch, phase.weights, self.settings)
         writer = self.writer or self.model
         return tailored_step(self.model, writer, batch, phase.weights, self.settings)
 
@@ -1342,17 +1387,23 @@ class Trainer:
         self.progress.best_step = self.progress.step
         return True
 
+    def val_split(self):
+        return "val" if "val" in self.data.splits else "train"
+
     def score_val(self, count):
         """Scores of the first images of val (of train, if there is none) and their captions, and
         each caption's image; tells the pace of it, too."""
-        split = "val" if "val" in self.data.splits else "train"
         began = time.time()
-        scores, owner = scores_of(self.model, self.data, split, self.settings, count)
+        scores, owner = scores_of(self.model, self.data, self.val_split(), self.settings, count)
         self.seconds_of_pair = (time.time() - began) / scores.numel()
         return scores, owner
 
     def end_phase(self, phase):
         """The phase's best weights go on, not its last."""
+        if phase.part == "align":
+            scores, owner = alignment_scores(self.model, self.data, self.val_split(), self.settings)
+            rsum = evaluate.retrieval_metrics(scores, owner)["rsum"]
+            say(f"  alignment: RSum {rsum:.1f} by the cosine, {scores.size(1):,} images")
         if phase.part not in ("align", "words"):  # which are not validated
             if RANK == 0:
                 self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])

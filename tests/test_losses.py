@@ -97,6 +97,44 @@ def test_matching_loss_and_its_gradient_by_hand():
     assert logits.grad.tolist() == approx([(0.25 - 1) / 2, 0.5 / 2])
 
 
+# ---- all pairs of a batch
+
+
+def test_contrastive_loss_and_its_gradient_by_hand():
+    """Caption 0 finds its image with probability 3/4 and caption 1 with 1/2; image 0 its caption
+    with 3/4 and image 1 with 1/2. The gradient is the mean of both softmaxes less the true pairs,
+    over B."""
+    scores = leaf([[math.log(3), 0.0], [0.0, 0.0]])
+    loss = losses.contrastive_loss(scores)
+    assert loss.item() == approx((math.log(4 / 3) + math.log(2)) / 2)
+    loss.backward()
+    slopes = [[(3 / 4 - 1) / 2, (1 / 4 + 1 / 2) / 4], [(1 / 4 + 1 / 2) / 4, (1 / 2 - 1) / 2]]
+    for row, expected in zip(scores.grad.tolist(), slopes):
+        assert row == approx(expected)
+
+
+def test_contrastive_loss_leaves_out_what_is_not_valid_but_never_a_true_pair():
+    scores = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(3, 3, dtype=torch.bool)
+    valid[0, 1] = valid[2, 2] = False
+    found = losses.contrastive_loss(scores, valid=valid)
+    scores[0, 1] = -1e9
+    assert found.item() == approx(losses.contrastive_loss(scores).item())
+
+
+def test_contrastive_loss_does_not_change_with_the_order_of_the_pairs():
+    scores = torch.randn(5, 5)
+    order = torch.randperm(5)
+    shuffled = losses.contrastive_loss(scores[order][:, order])
+    assert shuffled.item() == approx(losses.contrastive_loss(scores).item())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 3, 3)])
+def test_contrastive_loss_refuses_anything_but_a_square(shape):
+    with pytest.raises(ValueError, match="scores must be"):
+        losses.contrastive_loss(torch.zeros(shape))
+
+
 # ---- masked words
 
 

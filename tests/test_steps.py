@@ -112,7 +112,7 @@ def step(monkeypatch):
         monkeypatch.setattr(tagsdc, "retrieve_negatives", lambda *_: retrieved)
         monkeypatch.setattr(tagsdc, "write_negatives", lambda *_: written)
         if retrieved is None:
-            result = tagsdc.warmup_step(model, batch, weights, 7, SETTINGS)
+            result = tagsdc.warmup_step(model, batch, weights, SETTINGS)
         else:
             result = tagsdc.tailored_step(model, model, batch, weights, SETTINGS)
         return model, *result
@@ -164,6 +164,27 @@ def test_matching_in_a_batch_of_one_learns_the_true_pair_alone(step):
     partners = (torch.tensor([0]), torch.tensor([0]), torch.tensor([False]))
     model, _, values = step(batch, MATCHING, partners)
     assert values["itm"].item() == near(-F.logsigmoid(score(model, batch, 0, 0)).item())
+
+
+def test_from_a_bert_every_caption_meets_every_image():
+    """But for one whose caption, of another pair, is true of it after all."""
+    batch = batch_of(B=3, P=3)
+    true_captions = batch.true_captions.clone()
+    true_captions[2] = batch.input_ids[0]  # caption 0 is true of image 2 as well
+    batch = batch._replace(true_captions=true_captions)
+    model = Toy()
+    weights = {"mlm": 0.5, "contrast": 1.0}
+    loss, values = tagsdc.contrast_step(model, batch, weights, SETTINGS)
+    scores = [[score(model, batch, a, b).item() for b in range(3)] for a in range(3)]
+    scores = torch.tensor(scores)
+    scores[0, 2] = float("-inf")
+    cost = -(scores.log_softmax(1).diagonal() + scores.log_softmax(0).diagonal()).mean() / 2
+    assert values.keys() == {"loss", "mlm", "contrast"}
+    assert values["contrast"].item() == near(cost.item())
+    expected = values["contrast"] + 0.5 * masked_words_by_hand(model, batch)
+    assert loss.item() == values["loss"].item() == near(expected.item())
+    loss.backward()
+    assert model.words.grad.isfinite().all() and model.words.grad.any()
 
 
 def masked_words_by_hand(model, batch):

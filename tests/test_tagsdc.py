@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
 import tagsdc
+from model import Config, TagsDC
 from test_data import damage
 
 ROOT = Path(__file__).parents[1]
@@ -746,14 +748,20 @@ def test_a_bert_is_aligned_and_learns_to_match_before_it_is_tuned(
     assert rerun(tmp_path / "run", world, *options) == 0
     log = rows(tmp_path / "run")
     assert [row["phase"] for row in log if row["align"]] == ["warmup"] * 2  # steps 1 and 2
-    assert {row["phase"] for row in log if row["itm"]} == {"warmup"} and log[-1]["woc"]
+    assert {row["phase"] for row in log if row["contrast"]} == {"warmup"} and log[-1]["woc"]
     golden = np.load(ROOT / "tests" / "golden" / "bert_random.npz")
-    name = "bert.embeddings.word_embeddings.weight"
-    words = torch.from_numpy(golden[f"state/{name}"])
-    assert torch.equal(state["align"]["text.word.weight"], words), (
-        "the alignment is of regions alone"
-    )
-    assert not torch.equal(state["matching"]["text.word.weight"], words)
+    published = {
+        "text.word.weight": "embeddings.word_embeddings.weight",
+        "text.position.weight": "embeddings.position_embeddings.weight",
+        "layers.0.query.weight": "encoder.layer.0.attention.self.query.weight",
+    }
+    published = {
+        name: torch.from_numpy(golden[f"state/bert.{of}"]) for name, of in published.items()
+    }
+    for name, tensor in published.items():
+        learnt = not torch.equal(state["align"][name], tensor)
+        assert learnt == (name == "text.word.weight"), "words and regions alone are aligned"
+        assert not torch.equal(state["matching"][name], tensor)
     # The folder is needed no more.
     shutil.rmtree(bert)
     assert tagsdc.main(["--eval", str(tmp_path / "run" / "best.pt")]) == 0
@@ -777,6 +785,29 @@ def test_aligned_regions_find_their_captions(world, tmp_path, no_report):
     rerun(tmp_path / "run", world, *options, "--val-images", "1", "--warmup-batch-size", "2")
     losses = [float(row["align"]) for row in rows(tmp_path / "run") if row["align"]]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_cosines_of_an_alignment_are_those_of_one_caption_and_one_image(world):
+    content = scenes_of(world)
+    sizes = {
+        "vocab_size": len(content.tokenizer.tokens),
+        "feature_size": content.regions.feature_size,
+    }
+    model = TagsDC(Config.preset("tiny", **sizes))
+    settings = SimpleNamespace(tokenizer=content.tokenizer, device="cpu", dtype=torch.float32)
+    found, owner = tagsdc.alignment_scores(model, content, "test", settings, count=3)
+    assert found.shape == (len(owner), 3) and owner.tolist() == sorted(owner.tolist())
+    model.eval()
+    for caption in range(len(owner)):
+        words = content.text("test", torch.tensor([caption]))[0]
+        words = words[words != content.tokenizer.pad_id][1:-1]  # without [CLS] and [SEP]
+        text = model.text.word.weight[words].mean(0)
+        for image in range(3):
+            features, boxes, real = (x[0] for x in content.image("test", torch.tensor([image])))
+            one = model.prepare_regions(features[None, real], boxes[None, real]).states[0]
+            picture = one.mean(0) + one[boxes[real, 6].argmax()]
+            expected = torch.cosine_similarity(text, picture, dim=0)
+            assert found[caption, image].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
