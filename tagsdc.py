@@ -436,7 +436,7 @@ def alignment_scores(model, data, split, settings, count=1000):
     owner = owner[owner < len(images)]
     words = []
     regions = []
-    with evaluate.inference(model, settings.device, settings.dtype):
+    with evaluate.inference(model, settings.device):
         for captions in torch.arange(len(owner)).split(500):
             ids = data.text(split, captions).to(settings.device)
             words.append(mean_words(model, ids, settings.tokenizer))
@@ -444,10 +444,8 @@ def alignment_scores(model, data, split, settings, count=1000):
             features, boxes, region_mask = (x.to(settings.device) for x in data.image(split, part))
             pictures = model.prepare_regions(features, boxes, region_mask)
             regions.append(mean_regions(pictures, boxes))
-        words = F.normalize(torch.cat(words).float())
-        regions = F.normalize(torch.cat(regions).float())
-    with autocast(settings.device, torch.float32):
-        return (words @ regions.T).cpu(), owner
+        cosines = F.normalize(torch.cat(words)) @ F.normalize(torch.cat(regions)).T
+    return cosines.cpu(), owner
 
 
 def draw_wrong_partners(model, texts, images, batch, pad_id):
@@ -578,7 +576,7 @@ def add_training_options(group):
     add("--phases", metavar="NAME=X", type=phase_share, nargs="+", default=phases, help=help)
     help = "anchor pairs in a batch of tags and dc [%(default)s; paper: 32]"
     add("--batch-size", metavar="N", type=COUNT, default=16, help=help)
-    help = "pairs in a batch of the warm-up [%(default)s]"
+    help = "pairs in a batch of the warm-up; from BERT each caption meets each image [%(default)s]"
     add("--warmup-batch-size", metavar="N", type=COUNT, default=32, help=help)
     help = "batches of a step, all processes together [one each; paper: 8]"
     add("--accumulate", metavar="N", type=COUNT, help=help)
@@ -791,8 +789,8 @@ RECIPES = {
     # Warm-ups from a published BERT, after which the schedules above go on from its best.pt.
     "bert-coco": {
         "phases": ["warmup=1"],
-        "steps": 40_000,
-        "warmup_batch_size": 32,
+        "steps": 21_000,
+        "warmup_batch_size": 16,
         "accumulate": 8,
         "warmup_lr": 1e-4,
         "dropout": 0.1,
@@ -803,8 +801,8 @@ RECIPES = {
     },
     "bert-flickr30k": {
         "phases": ["warmup=1"],
-        "steps": 10_000,
-        "warmup_batch_size": 32,
+        "steps": 6000,
+        "warmup_batch_size": 16,
         "accumulate": 8,
         "warmup_lr": 1e-4,
         "dropout": 0.1,

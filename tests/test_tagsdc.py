@@ -794,7 +794,7 @@ def test_the_cosines_of_an_alignment_are_those_of_one_caption_and_one_image(worl
         "feature_size": content.regions.feature_size,
     }
     model = TagsDC(Config.preset("tiny", **sizes))
-    settings = SimpleNamespace(tokenizer=content.tokenizer, device="cpu", dtype=torch.float32)
+    settings = SimpleNamespace(tokenizer=content.tokenizer, device="cpu")
     found, owner = tagsdc.alignment_scores(model, content, "test", settings, count=3)
     assert found.shape == (len(owner), 3) and owner.tolist() == sorted(owner.tolist())
     model.eval()
