@@ -49,8 +49,8 @@ def matching_loss(logits, matches, *, valid=None):
 
 
 def contrastive_loss(scores, *, valid=None):
-    """Warm-up from BERT: among all pairs of a batch each caption is to find its image, and each
-    image its caption: the mean of -log softmax of the true pairs, both ways (InfoNCE).
+    """Warm-up from BERT (InfoNCE): each caption of a batch is to find its image, and each image its
+    caption. Mean of -log softmax of the true pairs, both ways.
     scores: (B, B) float, caption a with image b; the diagonal belongs together. valid: (B, B) bool,
     False leaves a wrong pair out."""
     if scores.dim() != 2 or scores.size(0) != scores.size(1):
@@ -63,16 +63,16 @@ def contrastive_loss(scores, *, valid=None):
     return (F.cross_entropy(scores, pair) + F.cross_entropy(scores.T, pair)) / 2
 
 
-def alignment_loss(words, regions, *, temperature=0.1):
+def alignment_loss(words, regions, *, temperature=0.1, valid=None):
     """First part of a warm-up from BERT: `contrastive_loss` of the cosines of mean embeddings, of a
-    caption's words and of an image's regions.
-    words, regions: (B, D) float, row b of both belongs together."""
+    caption's words and of an image's regions, over the temperature.
+    words, regions: (B, D) float, row b of both belongs together. valid: as there."""
     if words.dim() != 2 or words.shape != regions.shape:
         shapes = f"{tuple(words.shape)} and {tuple(regions.shape)}"
         raise ValueError(f"words and regions must be (B, D), got {shapes}")
     words = F.normalize(words.float(), dim=1)
     regions = F.normalize(regions.float(), dim=1)
-    return contrastive_loss(words @ regions.T / temperature)
+    return contrastive_loss(words @ regions.T / temperature, valid=valid)
 
 
 def masked_lm_loss(logits, labels):

@@ -1,7 +1,7 @@
 """TAGS-DC from one command: train, evaluate, search (see README.md).
 
-Reading order: `tailored_step`, a step of TAGS-DC, and what it calls; `warmup_step`; then the
-options, `Trainer.train` and `run`.
+Reading order: `tailored_step`, a step of TAGS-DC, and what it calls; `warmup_step`, and for a BERT
+`align_step` and `contrast_step`; then the options, `Trainer.train` and `run`.
 
 Letters: B anchor pairs of a step, P pairs of its retrieval pool (the anchors first), T text
 positions (of the anchors alone, where there are no others), R regions, F feature size, M maskings,
@@ -354,8 +354,9 @@ def warmup_step(model, batch, weights, settings):
     if "itm" in weights:
         with evaluate.inference(model, settings.device, settings.dtype):
             texts, images = prepare(model, batch, pad_id)
-            partners = draw_wrong_partners(model, texts, images, batch, pad_id)
-            wrong_images, wrong_texts, false = partners
+            wrong_images, wrong_texts, false = draw_wrong_partners(
+                model, texts, images, batch, pad_id
+            )
 
     # With gradient.
     with autocast(settings.device, settings.dtype):
@@ -379,22 +380,20 @@ def contrast_step(model, batch, weights, settings):
 
         L = L_contrast + e L_mlm
 
-    masked words, and each caption of the batch is to find its image among all B of them, as each
+    masked words, and each caption of the batch is to find its image among all B of them, and each
     image its caption. All B * B pairs are encoded, so that each true pair meets 2 (B - 1) wrong
-    ones: BERT, which has never seen a picture, learns more from these than from single partners.
+    ones: a BERT, which has never seen a picture, learns more from these than from single partners.
     Returns what `tailored_step` does."""
     pad_id = settings.tokenizer.pad_id
-    ids = batch.input_ids  # (B, T)
-    B = len(ids)
-    row = torch.arange(B, device=ids.device)
+    B = len(batch.input_ids)
+    row = torch.arange(B, device=batch.input_ids.device)
     with autocast(settings.device, settings.dtype):
         texts, images = prepare(model, batch, pad_id)
         # Every caption with every image.
         scores = model.score_pairs(texts, row.repeat_interleave(B), images, row.repeat(B))
-        false = ~generate.equals_a_caption(ids.expand(B, B, -1), batch.true_captions, pad_id).T
         terms = {
             "mlm": masked_words_loss(model, images, batch, pad_id),
-            "contrast": contrastive_loss(scores.view(B, B), valid=false),
+            "contrast": contrastive_loss(scores.view(B, B), valid=false_pairs(batch, pad_id)),
         }
         loss = weighted_sum(terms, weights)
     return loss, detached({"loss": loss, **terms})
@@ -406,8 +405,17 @@ def align_step(model, batch, settings):
     words = mean_words(model, batch.input_ids, settings.tokenizer)
     with autocast(settings.device, settings.dtype):
         images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
-        loss = alignment_loss(words, mean_regions(images, batch.boxes))
+    valid = false_pairs(batch, settings.tokenizer.pad_id)
+    loss = alignment_loss(words, mean_regions(images, batch.boxes), valid=valid)
     return loss, detached({"loss": loss, "align": loss})
+
+
+def false_pairs(batch, pad_id):
+    """Which captions of a batch are not known to be true of which images: (B, B) bool, caption a
+    with image b."""
+    ids = batch.input_ids
+    every = ids.expand(len(ids), -1, -1)  # (B, B, T), for each image all captions
+    return ~generate.equals_a_caption(every, batch.true_captions, pad_id).T
 
 
 def mean_words(model, ids, tokenizer):
@@ -425,27 +433,6 @@ def mean_regions(images, boxes):
     largest = boxes[..., 6].masked_fill(~images.mask, -1.0).argmax(1)  # (B,)
     row = torch.arange(len(largest), device=largest.device)
     return (mean + images.states[row, largest]) / 2
-
-
-def alignment_scores(model, data, split, settings, count=1000):
-    """By what the alignment alone lets captions and images of a split find each other, before any
-    layer is run: the cosines (C, I) of the first `count` images and their captions, and each
-    caption's image."""
-    images = torch.arange(len(data.splits[split].images))[:count]
-    owner = data.splits[split].image_of_caption
-    owner = owner[owner < len(images)]
-    words = []
-    regions = []
-    with evaluate.inference(model, settings.device):
-        for captions in torch.arange(len(owner)).split(500):
-            ids = data.text(split, captions).to(settings.device)
-            words.append(mean_words(model, ids, settings.tokenizer))
-        for part in images.split(500):
-            features, boxes, region_mask = (x.to(settings.device) for x in data.image(split, part))
-            pictures = model.prepare_regions(features, boxes, region_mask)
-            regions.append(mean_regions(pictures, boxes))
-        cosines = F.normalize(torch.cat(words)) @ F.normalize(torch.cat(regions)).T
-    return cosines.cpu(), owner
 
 
 def draw_wrong_partners(model, texts, images, batch, pad_id):
@@ -576,7 +563,7 @@ def add_training_options(group):
     add("--phases", metavar="NAME=X", type=phase_share, nargs="+", default=phases, help=help)
     help = "anchor pairs in a batch of tags and dc [%(default)s; paper: 32]"
     add("--batch-size", metavar="N", type=COUNT, default=16, help=help)
-    help = "pairs in a batch of the warm-up; from BERT each caption meets each image [%(default)s]"
+    help = "pairs in a batch of the warm-up; from BERT all N x N meet, so 8 or 16 [%(default)s]"
     add("--warmup-batch-size", metavar="N", type=COUNT, default=32, help=help)
     help = "batches of a step, all processes together [one each; paper: 8]"
     add("--accumulate", metavar="N", type=COUNT, help=help)
@@ -968,12 +955,14 @@ def check_phases(parser, args):
     for phase in plan:
         if phase.steps == 0:
             parser.error(f"--steps {args.steps} leaves no step for {phase.name}; raise it")
+        if "contrast" in phase.weights and args.warmup_batch_size == 1:
+            parser.error("--warmup-batch-size 1 leaves a BERT no wrong pair to learn from; give 8")
 
 
 # ---- the phases of a run -----------------------------------------------------------------------
 
 WORDS_FIRST = 0.8  # share of a warm-up from scratch with masked words alone, before matching
-ALIGN_STEPS = 1000  # of a warm-up from BERT in which regions are aligned with words; cheap ones
+ALIGN_STEPS = 1000  # of a warm-up from BERT in which regions are aligned with words
 
 
 class Phase(NamedTuple):
@@ -1046,11 +1035,11 @@ def passes_of_step(phase, args):
     """How often a batch of a step encodes a pair, three times as much with gradient: by this the
     log foretells when a run ends."""
     if phase.part == "align":
-        return ALIGN_BATCH // 4  # its regions pass no layer
+        return 0  # it runs no layer
     if phase.name == "warmup":
         B = args.warmup_batch_size
-        matching = {"itm": 3 * 3 * B + B * WRONG_PARTNERS, "contrast": 3 * B * B}
-        return 3 * B + sum(matching.get(term, 0) for term in phase.weights)
+        passes = {"mlm": 3 * B, "itm": 3 * 3 * B + B * WRONG_PARTNERS, "contrast": 3 * B * B}
+        return sum(passes[term] for term in phase.weights)
     B = args.batch_size
     scored = 2 * B * args.pool
     learnt = B * (1 + 2 * args.retrieved) + B * args.maskings
@@ -1212,8 +1201,6 @@ class Trainer:
             self.model.correction.load_state_dict(self.model.mlm.state_dict())
             self.progress.corrects = True
         parameters = list(self.model.parameters())
-        if phase.part == "align":
-            parameters = [*self.model.region.parameters(), self.model.text.word.weight]
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01}
         others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
         fused = self.settings.device != "mps"
@@ -1272,7 +1259,7 @@ class Trainer:
 
     def take_step(self, phase, batch):
         """The step that belongs to a phase."""
-        if phase.part == "align":
+        if "align" in phase.weights:
             return align_step(self.model, batch, self.settings)
         if "contrast" in phase.weights:
             return contrast_step(self.model, batch, phase.weights, self.settings)
@@ -1334,8 +1321,9 @@ class Trainer:
         self.progress.log.append(row | {name: round(mean, 5) for name, mean in means.items()})
         shown = [f"{phase.name} {done}/{sum(steps_of_phases)}"]
         shown += [f"{name} {mean:.4g}" for name, mean in means.items()]
-        minutes = self.seconds_left(seconds / steps) / 60
-        shown.append(f"{minutes:.1f} min left")
+        if phase.part != "align":  # whose steps run no layer, so that they foretell nothing
+            minutes = self.seconds_left(seconds / steps) / 60
+            shown.append(f"{minutes:.1f} min left")
         say("  ".join(shown))
 
     def seconds_left(self, seconds_of_step):
@@ -1351,20 +1339,20 @@ class Trainer:
             if phase.part not in ("align", "words"):
                 left = phase.steps - (self.progress.step if phase == current else 0)
                 validations = args.validations * left / phase.steps
-                pairs += validations * self.pairs_of("val", args.val_images)
+                pairs += validations * self.pairs_of(self.val_split(), args.val_images)
             if phase.part == "matching":
                 pairs += self.pairs_of(final_split(self.data), args.test_images)
         return passes * seconds_of_pass + pairs * self.seconds_of_pair
 
     def pairs_of(self, split, count=None):
         """Pairs of captions and images that are scored of a split, or of its first images."""
-        content = self.data.splits.get(split, self.data.splits["train"])
+        content = self.data.splits[split]
         images = len(content.images[:count])
         return images * images * len(content.captions) // len(content.images)
 
     def validates(self, phase):
         """Whether a line of the log comes with a validation: --validations times a phase and at its
-        end, but not while words alone are learnt, nor before new heads have learnt."""
+        end, but not before matching is learnt, nor before new heads have learnt."""
         if phase.part in ("align", "words"):
             return False
         step = self.progress.step
@@ -1399,9 +1387,9 @@ class Trainer:
     def end_phase(self, phase):
         """The phase's best weights go on, not its last."""
         if phase.part == "align":
-            scores, owner = alignment_scores(self.model, self.data, self.val_split(), self.settings)
-            rsum = evaluate.retrieval_metrics(scores, owner)["rsum"]
-            say(f"  alignment: RSum {rsum:.1f} by the cosine, {scores.size(1):,} images")
+            content = self.model, self.data, self.val_split(), self.settings
+            cosines = alignment_scores(*content, self.args.val_images)
+            say(f"  by the cosine: RSum {evaluate.retrieval_metrics(*cosines)['rsum']:.1f}")
         if phase.part not in ("align", "words"):  # which are not validated
             if RANK == 0:
                 self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
@@ -1474,9 +1462,7 @@ def scoring(settings):
 def scores_of(model, data, split, settings, count=None, file=None):
     """Score matrix (C, I) of a split, or of its first `count` images, and each caption's image.
     file: where the matrix of a whole split is kept, so that an interrupted report goes on."""
-    images = torch.arange(len(data.splits[split].images))[:count]
-    owner = data.splits[split].image_of_caption
-    owner = owner[owner < len(images)]
+    images, owner = first_images_of(data, split, count)
     captions = torch.arange(len(owner))
     shared = WORLD_SIZE > 1 and len(owner) >= WORLD_SIZE
     part = captions.tensor_split(WORLD_SIZE)[RANK] if shared else captions
@@ -1493,6 +1479,31 @@ def scores_of(model, data, split, settings, count=None, file=None):
         if file is not None and RANK == 0:
             evaluate.write_scores(file, scores.numpy())
     return scores, owner
+
+
+def alignment_scores(model, data, split, settings, count=None):
+    """How well captions and images of a split, or of its first `count` images, find each other by
+    the alignment alone, before any layer is run: cosines (C, I) and each caption's image."""
+    images, owner = first_images_of(data, split, count)
+    words = []
+    regions = []
+    with evaluate.inference(model, settings.device):
+        for captions in torch.arange(len(owner)).split(500):
+            ids = data.text(split, captions).to(settings.device)
+            words.append(mean_words(model, ids, settings.tokenizer))
+        for part in images.split(500):
+            features, boxes, region_mask = (x.to(settings.device) for x in data.image(split, part))
+            pictures = model.prepare_regions(features, boxes, region_mask)
+            regions.append(mean_regions(pictures, boxes))
+        cosines = F.normalize(torch.cat(words)) @ F.normalize(torch.cat(regions)).T
+    return cosines.cpu(), owner
+
+
+def first_images_of(data, split, count=None):
+    """The first `count` images of a split (None: all), and the image of each of their captions."""
+    images = torch.arange(len(data.splits[split].images))[:count]
+    owner = data.splits[split].image_of_caption
+    return images, owner[owner < len(images)]
 
 
 def final_split(data):
@@ -1907,7 +1918,10 @@ def main(argv=None):
             print("interrupted; a run goes on with --resume", file=sys.stderr)
         return 128 + stop.args[0]
     except torch.cuda.OutOfMemoryError:
-        fault = "out of memory: --recompute, or lower --score-batch, --batch-size, --maskings"
+        fault = (
+            "out of memory: --recompute, or lower --score-batch, --batch-size or"
+            " --warmup-batch-size, --maskings"
+        )
     except generate.NotFiniteError as error:
         fault = (
             f"the network has diverged ({error}): lower the learning rate, or raise --temperature"

@@ -1,4 +1,4 @@
-"""The two training steps against loops over pairs, on a model whose scores are known."""
+"""The training steps against loops over pairs, on a model whose scores are known."""
 
 from types import SimpleNamespace
 
@@ -316,4 +316,8 @@ def test_nothing_waits_for_a_device(step):
     written = Negatives(*on_meta(written_of(whole)))
     _, loss, values = step(batch, ALL, retrieved=retrieved, written=written)
     assert all(value.shape == () for value in values.values())
+    loss.backward()
+    every = batch_of(B=3)
+    batch = tagsdc.Batch(*on_meta(every))
+    loss, _ = tagsdc.contrast_step(Toy().to("meta"), batch, {"mlm": 0.5, "contrast": 1.0}, SETTINGS)
     loss.backward()

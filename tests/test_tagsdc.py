@@ -124,6 +124,7 @@ def test_training_learns(world, tmp_path, no_report):
     rerun(tmp_path / "run", world, *shape.split())
     losses = [float(row["mlm"]) for row in rows(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
+    assert "by the cosine: RSum 600.0" in capsys.readouterr().out, "of the only image of val"
 
 
 def test_the_best_validation_of_the_last_phase_is_what_is_reported(world):
@@ -760,7 +761,7 @@ def test_a_bert_is_aligned_and_learns_to_match_before_it_is_tuned(
     }
     for name, tensor in published.items():
         learnt = not torch.equal(state["align"][name], tensor)
-        assert learnt == (name == "text.word.weight"), "words and regions alone are aligned"
+        assert learnt == (name == "text.word.weight"), "the layers are not aligned"
         assert not torch.equal(state["matching"][name], tensor)
     # The folder is needed no more.
     shutil.rmtree(bert)
@@ -774,12 +775,17 @@ def test_an_interrupted_alignment_goes_on_exactly(world, tmp_path, monkeypatch, 
     whole = share_data(tmp_path / "whole", world)
     cut = share_data(tmp_path / "cut", world)
     assert tagsdc.main([*options, str(whole)]) == 0
-    assert interrupt_at(("optimise", 0, 3), monkeypatch, [*options, str(cut)]) == 143
-    assert tagsdc.main(["--resume", "--out", str(cut)]) == 0
+    for moment in (("optimise", 0, 3), ("end_phase", 0, 6), ("optimise", 1, 0), ("optimise", 1, 3)):
+        assert interrupt_at(moment, monkeypatch, [*options, str(cut)]) == 143, moment
+        options = ["--resume", "--out"]
+    assert tagsdc.main([*options, str(cut)]) == 0
     assert (cut / "log.csv").read_text() == (whole / "log.csv").read_text()
+    expected = weights(whole, "best.pt")
+    for name, tensor in weights(cut, "best.pt").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
-def test_aligned_regions_find_their_captions(world, tmp_path, no_report):
+def test_aligned_regions_find_their_captions(world, tmp_path, no_report, capsys):
     bert = bert_folder(tmp_path / "bert")
     options = f"--init {bert} --max-text 40 --phases warmup=1 --steps 160 --log-every 39".split()
     rerun(tmp_path / "run", world, *options, "--val-images", "1", "--warmup-batch-size", "2")
@@ -840,6 +846,7 @@ BAD = [
     ("--checkpoint {best} --query x --image y", "exclude each other"),
     ("--init {best} --size small", "--size small"),
     ("--out {run} --init {best}", "lies in --out"),
+    ("--init model.safetensors --warmup-batch-size 1", "no wrong pair"),
     ("--max-text 100", "--max-text"),
     ("--init {folder}", "config.json"),
     ("--query x", "--checkpoint"),
@@ -960,8 +967,10 @@ def test_recipes_hold_no_unknown_option_and_every_value_in_which_two_stages_diff
         assert all(recipe.keys() == recipes[0].keys() for recipe in recipes)
 
 
-def test_every_term_of_the_plan_is_in_the_curves():
-    plan = tagsdc.plan_phases(tagsdc.parse_arguments(["--phases", "warmup=1", "tags=1", "dc=1"]))
+@pytest.mark.parametrize("start", [[], ["--init", "bert/model.safetensors"]])
+def test_every_term_of_the_plan_is_in_the_curves(start):
+    options = ["--phases", "warmup=1", "tags=1", "dc=1", *start]
+    plan = tagsdc.plan_phases(tagsdc.parse_arguments(options))
     drawn = {column for _, _, columns in evaluate.PANELS for column in columns}
     assert {term for phase in plan for term in phase.weights} <= drawn
 
