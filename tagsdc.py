@@ -91,12 +91,12 @@ class Batch(NamedTuple):
     writer_images: torch.Tensor  # (B, M) the image that the writer looks at
 
     def to(self, device):
-        labels = self._fields.index("labels")
-        moved = [
-            tensor if n == labels else tensor.to(device, non_blocking=True)
-            for n, tensor in enumerate(self)
-        ]
-        return Batch(*moved)
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in self._asdict().items()
+            if name != "labels"
+        }
+        return self._replace(**moved)
 
 
 def draw_pairs(split, count, rng):
@@ -375,6 +375,17 @@ def warmup_step(model, batch, weights, settings):
     return loss, detached({"loss": loss, **terms})
 
 
+def align_step(model, batch, settings):
+    """One step of the first part of a warm-up from BERT, up to the loss: the embeddings of regions
+    and of words learn to meet, before any layer sees them. Returns what `tailored_step` does."""
+    words = mean_words(model, batch.input_ids, settings.tokenizer)
+    with autocast(settings.device, settings.dtype):
+        images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
+    valid = false_pairs(batch, settings.tokenizer.pad_id)
+    loss = alignment_loss(words, mean_regions(images, batch.boxes), valid=valid)
+    return loss, detached({"loss": loss, "align": loss})
+
+
 def contrast_step(model, batch, weights, settings):
     """One step of the second part of a warm-up from BERT, up to the loss:
 
@@ -397,17 +408,6 @@ def contrast_step(model, batch, weights, settings):
         }
         loss = weighted_sum(terms, weights)
     return loss, detached({"loss": loss, **terms})
-
-
-def align_step(model, batch, settings):
-    """One step of the first part of a warm-up from BERT, up to the loss: the embeddings of regions
-    and of words learn to meet, before any layer sees them. Returns what `tailored_step` does."""
-    words = mean_words(model, batch.input_ids, settings.tokenizer)
-    with autocast(settings.device, settings.dtype):
-        images = model.prepare_regions(batch.features, batch.boxes, batch.region_mask)
-    valid = false_pairs(batch, settings.tokenizer.pad_id)
-    loss = alignment_loss(words, mean_regions(images, batch.boxes), valid=valid)
-    return loss, detached({"loss": loss, "align": loss})
 
 
 def false_pairs(batch, pad_id):
@@ -440,17 +440,18 @@ def draw_wrong_partners(model, texts, images, batch, pad_id):
     WRONG_PARTNERS behind (images) or before (captions) it, the likelier the higher they score, as
     in ALBEF.
     Returns wrong_images, wrong_texts and false (B,); not false = they are true after all."""
-    ids = batch.input_ids  # (B, T)
-    B = len(ids)
+    device = batch.input_ids.device
+    B = len(batch.input_ids)
     K = max(min(WRONG_PARTNERS, B - 1), 1)
-    row = torch.arange(B, device=ids.device)
-    step = torch.arange(1, K + 1, device=ids.device)
+    row = torch.arange(B, device=device)
+    step = torch.arange(1, K + 1, device=device)
     behind = (row[:, None] + step) % B  # (B, K)
     before = (row[:, None] - step) % B
     # Caption b with the image k steps behind it; so image b with the caption k steps before it.
     scores = model.score_pairs(texts, row.repeat_interleave(K), images, behind.flatten()).view(B, K)
-    false_texts = ~generate.equals_a_caption(ids[before], batch.true_captions, pad_id)  # (B, K)
-    false_images = false_texts[behind, step - 1]
+    false = false_pairs(batch, pad_id)
+    false_texts = false[before, row[:, None]]  # (B, K)
+    false_images = false[row[:, None], behind]
     image = draw_by_score(scores, false_images)
     text = draw_by_score(scores[before, step - 1], false_texts)
     wrong_images = behind.gather(1, image)[:, 0]
@@ -839,6 +840,7 @@ def parse_arguments(argv=None):
     parser = make_parser()
     given = parser.parse_args(argv)
     check_tasks(parser, given)
+    make_paths_absolute(given)
     parser.set_defaults(**RECIPES.get(given.recipe, {}))
     if given.quick:
         parser.set_defaults(**QUICK)
@@ -885,8 +887,7 @@ def arguments_of_checkpoint(given):
     weights have none."""
     arguments = load_checkpoint(given.eval or given.checkpoint).get("arguments", {})
     dropped = {"init", "device", "probe", "save_scores", "test_images"}
-    data = os.path.abspath(given.data) if given.data.lower().endswith(".json") else given.data
-    if data not in ("scenes", arguments.get("data")):
+    if given.data not in ("scenes", arguments.get("data")):
         dropped |= {"root", "features", "phrases", "skip_bad"}  # where the old data lay
     kept = {name: value for name, value in arguments.items() if name not in dropped}
     return known_arguments(kept, given)
@@ -963,6 +964,7 @@ def check_phases(parser, args):
 
 WORDS_FIRST = 0.8  # share of a warm-up from scratch with masked words alone, before matching
 ALIGN_STEPS = 1000  # of a warm-up from BERT in which regions are aligned with words
+BEFORE_MATCHING = ("align", "words")  # parts of a warm-up after which recall says nothing yet
 
 
 class Phase(NamedTuple):
@@ -1185,7 +1187,8 @@ class Trainer:
         self.background = ThreadPoolExecutor(1)
         self.next_batch = None  # what the background makes: its number, and its promise
         broadcast_parameters(model)
-        self.score_val(8)  # how long does a validation take?
+        self.val = evaluate.first_images(data, self.val_split(), args.val_images)
+        self.score_val(evaluate.first_images(data, self.val_split(), 8))  # how long does it take?
 
     def begin(self, corrects):
         """The first phase. corrects: whether the weights have learnt word correction already."""
@@ -1336,7 +1339,7 @@ class Trainer:
         pairs = self.pairs_of(final_split(self.data), args.test_images)
         for phase in self.plan[self.progress.phase :]:
             passes += phase.steps * passes_of_step(phase, args)
-            if phase.part not in ("align", "words"):
+            if phase.part not in BEFORE_MATCHING:
                 left = phase.steps - (self.progress.step if phase == current else 0)
                 validations = args.validations * left / phase.steps
                 pairs += validations * self.pairs_of(self.val_split(), args.val_images)
@@ -1353,7 +1356,7 @@ class Trainer:
     def validates(self, phase):
         """Whether a line of the log comes with a validation: --validations times a phase and at its
         end, but not before matching is learnt, nor before new heads have learnt."""
-        if phase.part in ("align", "words"):
+        if phase.part in BEFORE_MATCHING:
             return False
         step = self.progress.step
         learnt = 0.5 * phase.steps if phase.part == "dc" else 0
@@ -1363,7 +1366,7 @@ class Trainer:
 
     def validate(self):
         """Recall on val; returns whether it is the best of the phase, whose weights are kept."""
-        metrics = evaluate.retrieval_metrics(*self.score_val(self.args.val_images))
+        metrics = evaluate.retrieval_metrics(*self.score_val(self.val))
         say(f"  validation: RSum {metrics['rsum']:.1f}")
         for name in ("rsum", "tr_r1", "ir_r1"):
             self.progress.log[-1][f"val_{name}"] = round(metrics[name], 2)
@@ -1376,21 +1379,20 @@ class Trainer:
     def val_split(self):
         return "val" if "val" in self.data.splits else "train"
 
-    def score_val(self, count):
-        """Scores of the first images of val (of train, if there is none) and their captions, and
-        each caption's image; tells the pace of it, too."""
+    def score_val(self, part):
+        """Scores of val (of train, if there is none) in a part of the data, and each caption's
+        image; tells the pace of it, too."""
         began = time.time()
-        scores, owner = scores_of(self.model, self.data, self.val_split(), self.settings, count)
+        scores, owner = scores_of(self.model, part, self.val_split(), self.settings)
         self.seconds_of_pair = (time.time() - began) / scores.numel()
         return scores, owner
 
     def end_phase(self, phase):
         """The phase's best weights go on, not its last."""
         if phase.part == "align":
-            content = self.model, self.data, self.val_split(), self.settings
-            cosines = alignment_scores(*content, self.args.val_images)
-            say(f"  by the cosine: RSum {evaluate.retrieval_metrics(*cosines)['rsum']:.1f}")
-        if phase.part not in ("align", "words"):  # which are not validated
+            scores = alignment_scores(self.model, self.val, self.val_split(), self.settings)
+            say(f"  by the cosine: RSum {evaluate.retrieval_metrics(*scores)['rsum']:.1f}")
+        if phase.part not in BEFORE_MATCHING:  # which are not validated
             if RANK == 0:
                 self.model.load_state_dict(load_checkpoint(self.out / "best.pt")["model"])
             broadcast_parameters(self.model)
@@ -1459,10 +1461,10 @@ def scoring(settings):
     }
 
 
-def scores_of(model, data, split, settings, count=None, file=None):
-    """Score matrix (C, I) of a split, or of its first `count` images, and each caption's image.
-    file: where the matrix of a whole split is kept, so that an interrupted report goes on."""
-    images, owner = first_images_of(data, split, count)
+def scores_of(model, data, split, settings, file=None):
+    """Score matrix (C, I) of a split, and each caption's image. file: where the matrix is kept, so
+    that an interrupted report goes on."""
+    owner = data.splits[split].image_of_caption
     captions = torch.arange(len(owner))
     shared = WORLD_SIZE > 1 and len(owner) >= WORLD_SIZE
     part = captions.tensor_split(WORLD_SIZE)[RANK] if shared else captions
@@ -1470,7 +1472,7 @@ def scores_of(model, data, split, settings, count=None, file=None):
     if file is not None and not shared:
         kept = evaluate.open_scores(file, model, data, split, settings.dtype)
     scores = evaluate.score_matrix(
-        model, data, split, captions=part, images=images, scores=kept, **scoring(settings)
+        model, data, split, captions=part, scores=kept, **scoring(settings)
     )
     if shared:
         parts = [scores] * WORLD_SIZE
@@ -1481,29 +1483,22 @@ def scores_of(model, data, split, settings, count=None, file=None):
     return scores, owner
 
 
-def alignment_scores(model, data, split, settings, count=None):
-    """How well captions and images of a split, or of its first `count` images, find each other by
-    the alignment alone, before any layer is run: cosines (C, I) and each caption's image."""
-    images, owner = first_images_of(data, split, count)
+def alignment_scores(model, data, split, settings):
+    """How well captions and images of a split find each other by the alignment alone, before any
+    layer is run: cosines (C, I) and each caption's image."""
+    owner = data.splits[split].image_of_caption
     words = []
     regions = []
     with evaluate.inference(model, settings.device):
         for captions in torch.arange(len(owner)).split(500):
             ids = data.text(split, captions).to(settings.device)
             words.append(mean_words(model, ids, settings.tokenizer))
-        for part in images.split(500):
+        for part in torch.arange(len(data.splits[split].images)).split(500):
             features, boxes, region_mask = (x.to(settings.device) for x in data.image(split, part))
             pictures = model.prepare_regions(features, boxes, region_mask)
             regions.append(mean_regions(pictures, boxes))
         cosines = F.normalize(torch.cat(words)) @ F.normalize(torch.cat(regions)).T
     return cosines.cpu(), owner
-
-
-def first_images_of(data, split, count=None):
-    """The first `count` images of a split (None: all), and the image of each of their captions."""
-    images = torch.arange(len(data.splits[split].images))[:count]
-    owner = data.splits[split].image_of_caption
-    return images, owner[owner < len(images)]
 
 
 def final_split(data):

@@ -801,7 +801,8 @@ def test_the_cosines_of_an_alignment_are_those_of_one_caption_and_one_image(worl
     }
     model = TagsDC(Config.preset("tiny", **sizes))
     settings = SimpleNamespace(tokenizer=content.tokenizer, device="cpu")
-    found, owner = tagsdc.alignment_scores(model, content, "test", settings, count=3)
+    part = evaluate.first_images(content, "test", 3)
+    found, owner = tagsdc.alignment_scores(model, part, "test", settings)
     assert found.shape == (len(owner), 3) and owner.tolist() == sorted(owner.tolist())
     model.eval()
     for caption in range(len(owner)):
